@@ -6,6 +6,7 @@ model, params, tokenizer = llm_jax.load("runs/alibi")
 llm_jax.show.attention(model, params, tokenizer, "a text")  # a picture
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,3 +47,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+def _reject_unknown_command() -> None:
+    """Ends `python -m llm_jax.NAME` as `llm-jax NAME` ends, if the package has no module NAME."""
+    import importlib.util
+
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+    package, _, command = name.partition(".")
+    if package == __name__ and command and "." not in command and importlib.util.find_spec(name) is None:
+        importlib.import_module("llm_jax.__main__").exit_unknown(command)
+
+
+if sys.argv[:1] == ["-m"]:  # Python imports the package before it looks for the module of `python -m llm_jax.NAME`.
+    _reject_unknown_command()

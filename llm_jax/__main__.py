@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
 from llm_jax import cli
 
@@ -14,7 +15,7 @@ COMMANDS = {
     "quantize": "quantize the weights of a checkpoint to 8 or fewer bits",
     "convert": "write a checkpoint as Hugging Face, GGUF or peft files",
     "plan": "memory, FLOPs and time of a training step, without running it",
-    "kernels": "kernels for products with quantized weights on this machine, and their speed",
+    "kernels": "the kernels for quantized weights on this machine, and their speed",
     "sweep": "train every point of a grid of overrides",
     "compare": "options, metrics and paired differences of runs, in the terminal",
     "report": "an HTML report about runs: tables, curves, parallel coordinates, samples",
@@ -26,7 +27,7 @@ COMMANDS = {
     "launch": "start a command on a cluster: Slurm, Kubernetes, a Cloud TPU slice",
     "assets": "models and texts by name: list, fetch, verify",
 }
-# What other codebases call them.
+# {name in other codebases: command}
 OTHER_NAMES = {
     "benchmark": "kernels",
     "export": "convert",
@@ -53,11 +54,16 @@ def main() -> None:
             print(f"  {command:<18} {purpose}")
         return
     if name not in COMMANDS:
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
-        sys.exit(2)
+        exit_unknown(name)
     cli.start(importlib.import_module(f"llm_jax.{name}").COMMAND, arguments)
+
+
+def exit_unknown(name: str) -> NoReturn:
+    """Exits with code 2 and the command that `name` may mean."""
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+    print(f"error: unknown command '{name}'; {hint}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

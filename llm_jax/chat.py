@@ -162,8 +162,8 @@ def answer(conversation: ChatSession, loaded: Any, text: str, options: Any) -> N
 
     message = {"role": "user", "content": text}
     ids = conversation.ids(message)
-    room = conversation.limit - len(ids)
-    if room < 1:
+    available = conversation.limit - len(ids)
+    if available < 1:
         print(
             f"the message does not fit: the conversation would have {len(ids)} tokens, but the context has "
             f"{conversation.limit}; shorten the message, or remove all messages with /reset",
@@ -171,7 +171,7 @@ def answer(conversation: ChatSession, loaded: Any, text: str, options: Any) -> N
         )
         return
     turn = len(conversation.messages) // 2
-    count = min(options.max_new_tokens, room)
+    count = min(options.max_new_tokens, available)
     options = dataclasses.replace(
         options,
         max_new_tokens=count,
@@ -200,7 +200,7 @@ def answer(conversation: ChatSession, loaded: Any, text: str, options: Any) -> N
     status.show("")
     print(flush=True)
     if not interrupted and completion.generated.stop == "length":
-        full = options.max_new_tokens == room
+        full = options.max_new_tokens == available
         reason = "the context is full; /reset removes all messages"
         reason = reason if full else f"cut at --max_new_tokens={options.max_new_tokens}"
         print(f"({reason})", file=sys.stderr)

@@ -32,7 +32,7 @@ FLAGS.string("kind", "", "with --data: kind of data, e.g. instructions; default:
 FLAGS.string("format", "", "with --data: format of the files; default: data.format of the run, or auto")
 FLAGS.string("field", "", "with --data: text field of a record; default: data.field of the run, or text")
 FLAGS.boolean("whole_file", False, "with --data: treat a text file as one document instead of splitting it")
-FLAGS.integer("seq_len", 0, "tokens per window; default: train.seq_len of the run, or 512")
+FLAGS.integer("seq_len", 0, "tokens per window; 0: train.seq_len of the run, or 512")
 FLAGS.integer(
     "stride", 0, "sliding window: score only the last N targets of each window, e.g. 64; 0: score all, without overlap"
 )
@@ -243,32 +243,32 @@ def _measure(f: cli.Flags, held_out: _HeldOut, source: Any, by_unit: bool = Fals
     return {"bytes": split.num_bytes, "documents": len(split.offsets) - 1, **metrics}
 
 
-def _print_text(f: cli.Flags, held_out: _HeldOut, figures: dict[str, Any], compressed: dict[str, float]) -> None:
+def _print_text(f: cli.Flags, held_out: _HeldOut, metrics: dict[str, Any], compressed: dict[str, float]) -> None:
     from llm_jax.evaluation import classification
 
-    figures.pop("units", None)
-    if "accuracy" in figures:
-        print(json.dumps(figures) if f.json else f"{held_out.data.source}: {classification.describe(figures)}")
+    metrics.pop("units", None)
+    if "accuracy" in metrics:
+        print(json.dumps(metrics) if f.json else f"{held_out.data.source}: {classification.describe(metrics)}")
         return
-    num_bytes = figures.pop("bytes")
+    num_bytes = metrics.pop("bytes")
     if f.json:
-        print(json.dumps({**_finite(figures), "compressed_bits_per_byte": compressed}, allow_nan=False))
+        print(json.dumps({**_finite(metrics), "compressed_bits_per_byte": compressed}, allow_nan=False))
         return
     packed = ", ".join(f"{name} {value:.3f}" for name, value in compressed.items())
     counted = f", {f.stride} scored in each" if f.stride else ""
-    noun, count = "document" if held_out.data.kind == "text" else "example", figures["documents"]
+    noun, count = "document" if held_out.data.kind == "text" else "example", metrics["documents"]
     ends = " including end-of-text" if held_out.data.kind == "text" and not held_out.is_masked else ""
     print(
         f"{f.data or held_out.data.source}: {num_bytes:,} bytes in {count:,} {noun}{'s' * (count != 1)}, "
-        f"{figures['tokens']:,.0f} tokens{ends}, in windows of {held_out.length}{counted}\n"
-        f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}\n"
-        f"{figures['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
+        f"{metrics['tokens']:,.0f} tokens{ends}, in windows of {held_out.length}{counted}\n"
+        f"loss {metrics['loss']:.4f} nats per token, perplexity {metrics['perplexity']:.2f}\n"
+        f"{metrics['bits_per_byte']:.3f} bits per byte{packed and f' ({packed})'}"
     )
 
 
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
     """Replaces NaN and infinity, such as the perplexity of a diverged model, by None (null in JSON)."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
 def _compare_text(f: cli.Flags, texts: list[_HeldOut], source: Any, compressed: dict[str, float]) -> None:
@@ -276,7 +276,7 @@ def _compare_text(f: cli.Flags, texts: list[_HeldOut], source: Any, compressed: 
     from llm_jax.evaluation import paired
 
     measured = [_measure(f, held_out, source, by_unit=True) for held_out in texts]
-    units = [figures["units"] for figures in measured]
+    units = [metrics["units"] for metrics in measured]
     for held_out, other in zip(texts, units, strict=True):
         if len(other.sizes) != len(units[0].sizes) or (other.sizes != units[0].sizes).any():
             raise UserError(
@@ -284,27 +284,27 @@ def _compare_text(f: cli.Flags, texts: list[_HeldOut], source: Any, compressed: 
                 "divide the data into different examples"
             )
     accuracies = "accuracy" in measured[0]
-    figures = paired.compare(units, proportions=accuracies)
+    comparisons = paired.compare(units, proportions=accuracies)
     value = "accuracy" if accuracies else "bits_per_byte"
     if f.json:
         names = {"value": value, "units": "examples" if accuracies else "documents"}
-        rows = [{names.get(key, key): v for key, v in row.items()} for row in figures]
+        rows = [{names.get(key, key): v for key, v in row.items()} for row in comparisons]
         objects = [_finite({"checkpoint": h.name, **row}) for h, row in zip(texts, rows, strict=True)]
         print(json.dumps(objects, allow_nan=False))
         return
-    columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in figures])]
+    columns = [(value.replace("_", " "), [f"{row['value']:.4f}" for row in comparisons])]
     if not accuracies:
         columns.insert(0, ("window", [f"{held_out.length:,}" for held_out in texts]))
         columns.insert(0, ("tokens", [f"{unit.targets:,}" for unit in units]))
     packed = "".join(f"; {name} {bits:.3f}" for name, bits in compressed.items())
     noun = "examples" if accuracies or texts[0].data.kind != "text" else "documents"
-    left_out = len(units[0].sizes) - figures[0]["units"]
+    left_out = len(units[0].sizes) - comparisons[0]["units"]
     missing = f" ({left_out:,} more do not fit into the windows)" if left_out else ""
-    print(f"{f.data or texts[0].data.source}: {figures[0]['units']:,} {noun} measured by all{missing}{packed}")
-    print(paired.table([held_out.name for held_out in texts], columns, figures, f"over the {noun}"))
-    if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in figures):
+    print(f"{f.data or texts[0].data.source}: {comparisons[0]['units']:,} {noun} measured by all{missing}{packed}")
+    print(paired.table([held_out.name for held_out in texts], columns, comparisons, f"over the {noun}"))
+    if any(row.get("low", 0) is None and math.isfinite(row["difference"]) for row in comparisons):
         print(
-            f"no interval: the {figures[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "
+            f"no interval: the {comparisons[0]['units']:,} {noun} correspond to fewer than {intervals.FEWEST_UNITS} of "
             "equal size, because there are few or a few contain most of the bytes; --data=PATH measures another text"
         )
 

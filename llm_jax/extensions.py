@@ -132,7 +132,7 @@ class Extension:
         if not hasattr(output, "shape"):
             raise self.error(f"{name} returns {type(output).__name__}; expected an array of shape {expected}")
         fits = len(output.shape) == len(sizes) and all(
-            got == size or (broadcasts and got == 1) for got, size in zip(output.shape, sizes, strict=True)
+            actual == size or (broadcasts and actual == 1) for actual, size in zip(output.shape, sizes, strict=True)
         )
         if not fits or not jnp.issubdtype(output.dtype, jnp.floating):
             raise self.error(

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO
 
-from llm_jax import objects
+from llm_jax import object_store
 from llm_jax.errors import UserError
 
 PARTIAL = ".partial-"  # prefix of the temporary names
@@ -37,19 +37,19 @@ def path(name: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       UserError: the package of an object store is not installed, or its address names no bucket.
     """
-    return objects.path(os.fspath(name)) if objects.is_object(name) else pathlib.Path(name).expanduser()
+    return object_store.path(os.fspath(name)) if object_store.is_object(name) else pathlib.Path(name).expanduser()
 
 
 def local_path(name: str, flag: str) -> pathlib.Path:
     """Like `path`, for commands that write to disks only. Raises UserError for the address of an object store."""
-    if objects.is_object(name):
+    if object_store.is_object(name):
         raise UserError(f"{flag}={name}: this command writes to disks only; give a directory")
     return path(name)
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
     """The absolute path; an address of an object store is returned unchanged."""
-    return path if objects.is_object(path) else path.absolute()
+    return path if object_store.is_object(path) else path.absolute()
 
 
 @contextlib.contextmanager
@@ -64,11 +64,11 @@ def new_file(path: pathlib.Path, *, source: str = "", durable: bool = False) -> 
     Raises:
       UserError: the file cannot be written.
     """
-    if objects.is_object(path):
+    if object_store.is_object(path):
         with tempfile.TemporaryFile() as file:
             yield file
             file.seek(0)
-            objects.write(path, file.read())
+            object_store.write(path, file.read())
         return
     check_local(path)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
@@ -99,10 +99,10 @@ def new_directory(
     Raises:
       UserError: the directory cannot be written.
     """
-    if objects.is_object(path):
+    if object_store.is_object(path):
         with tempfile.TemporaryDirectory() as temporary:
             yield pathlib.Path(temporary)
-            objects.upload(pathlib.Path(temporary), path)
+            object_store.upload(pathlib.Path(temporary), path)
         return
     check_local(path)
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
@@ -167,18 +167,18 @@ def dump_json(value: Any) -> str:
 
 def read(path: pathlib.Path) -> bytes:
     """The content of a file. Raises OSError, or UserError for an object that exists but cannot be read."""
-    return objects.read(path) if objects.is_object(path) else path.read_bytes()
+    return object_store.read(path) if object_store.is_object(path) else path.read_bytes()
 
 
 def modification_time(path: pathlib.Path) -> float:
     """The modification time of a file, in seconds since 1970. Raises OSError."""
-    return objects.modification_time(path) if objects.is_object(path) else path.stat().st_mtime
+    return object_store.modification_time(path) if object_store.is_object(path) else path.stat().st_mtime
 
 
 def list_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name relative to `directory`: path} of the files in a directory and those below it, sorted."""
-    if objects.is_object(directory):
-        return {name: directory / name for name in sorted(objects.find(directory))}
+    if object_store.is_object(directory):
+        return {name: directory / name for name in sorted(object_store.find(directory))}
     return {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
@@ -188,14 +188,14 @@ def open_to_append(path: pathlib.Path, lock: Any = None) -> TextIO:
     Args:
       lock: the `lock` of the directory; after another process has taken over the lock, the object is not written.
     """
-    if objects.is_object(path):
-        return objects.Appender(path, functools.partial(check_lock, lock))  # type: ignore[return-value]
+    if object_store.is_object(path):
+        return object_store.Appender(path, functools.partial(check_lock, lock))  # type: ignore[return-value]
     return path.open("a")
 
 
 def sync(file: TextIO) -> None:
     """Flushes the appended text to the disk or the object store. Raises OSError or UserError."""
-    if isinstance(file, objects.Appender):
+    if isinstance(file, object_store.Appender):
         file.sync()
     else:
         os.fsync(file.fileno())
@@ -204,15 +204,15 @@ def sync(file: TextIO) -> None:
 @contextlib.contextmanager
 def local_copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Context with a local path: `path` itself, or a temporary copy of a file or directory in an object store."""
-    if not objects.is_object(path):
+    if not object_store.is_object(path):
         yield path
         return
     with tempfile.TemporaryDirectory() as temporary:
         copy = pathlib.Path(temporary) / path.name
         if path.is_dir():
-            objects.download(path, copy)
+            object_store.download(path, copy)
         else:
-            copy.write_bytes(objects.read(path))
+            copy.write_bytes(object_store.read(path))
         yield copy
 
 
@@ -244,15 +244,15 @@ def cache_directory() -> pathlib.Path:
 
 def check_local(path: str | os.PathLike[str]) -> None:
     """Raises UserError for an address such as https://host/run, which would create a local directory of that name."""
-    if not objects.is_object(path) and re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
+    if not object_store.is_object(path) and re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
         raise UserError(f"{path}: an address cannot be written to; give a directory, such as one of a mounted bucket")
 
 
 def check_reachable(path: pathlib.Path) -> None:
     """Raises UserError as `check_local`, and if the bucket of an object store cannot be listed."""
     check_local(path)
-    if objects.is_object(path):
-        objects.check(path)
+    if object_store.is_object(path):
+        object_store.check(path)
 
 
 def check_writable(directory: pathlib.Path) -> None:
@@ -261,7 +261,7 @@ def check_writable(directory: pathlib.Path) -> None:
     Call it before long work whose results are written to the directory. It creates and removes a temporary directory,
     because some file systems, such as /proc, reject writes that their permissions allow.
     """
-    if objects.is_object(directory):
+    if object_store.is_object(directory):
         return
     existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))  # noqa: PTH110
     if not existing.is_dir():
@@ -275,10 +275,12 @@ def check_writable(directory: pathlib.Path) -> None:
 def make_directory(directory: pathlib.Path) -> None:
     """Creates a directory with its parents. Raises UserError if that fails or the directory is not writable."""
     check_local(directory)
-    if objects.is_object(directory):  # object stores have no empty directories; only check that objects can be written
+    if object_store.is_object(
+        directory
+    ):  # object stores have no empty directories; only check that objects can be written
         probe = directory / f".writable-{secrets.token_hex(8)}"
-        objects.write(probe, b"")
-        objects.remove(probe)
+        object_store.write(probe, b"")
+        object_store.remove(probe)
         return
     try:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -305,8 +307,8 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
     Raises:
       UserError: another process holds the lock, without `wait`.
     """
-    if objects.is_object(workdir):
-        return objects.Lock(workdir, name, LOCKED)
+    if object_store.is_object(workdir):
+        return object_store.Lock(workdir, name, LOCKED)
     file = (workdir / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -325,5 +327,5 @@ def lock(workdir: pathlib.Path, name: str = ".lock", *, wait: bool = False) -> A
 
 def check_lock(lock: Any) -> None:
     """Raises UserError if another process has taken over the lock. Only locks in object stores can be lost."""
-    if isinstance(lock, objects.Lock):
+    if isinstance(lock, object_store.Lock):
         lock.check()

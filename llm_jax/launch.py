@@ -180,9 +180,9 @@ def _checked(f: cli.Flags) -> tuple[list[str], Any]:
     """Returns the interpreter's arguments for the command after `--`, and its validated flags and options."""
     arguments = f.command or []
     if not arguments or arguments[0] not in NAMES or arguments[0] == "launch":
-        got = f"'{arguments[0]}'" if arguments else "nothing"
+        given = f"'{arguments[0]}'" if arguments else "nothing"
         raise UserError(
-            f"the command after -- is {got}; expected a command and flags, such as -- train --workdir=runs/x"
+            f"the command after -- is {given}; expected a command and flags, such as -- train --workdir=runs/x"
         )
     name, *rest = arguments
     values = cli.parse(_command(name), rest)

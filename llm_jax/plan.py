@@ -114,7 +114,7 @@ def _memory(config: Config) -> None:
             rows.append((kind, remat, memory.with_remat(config, remat)))
     for i, (kind, remat, variant) in enumerate(rows):
         try:
-            figures: Any = memory.of_variant(variant, kind)
+            used: Any = memory.of_variant(variant, kind)
         except UserError as error:
             if not i:
                 raise
@@ -126,7 +126,7 @@ def _memory(config: Config) -> None:
             print(
                 f"{'step':<12}{'remat':<8}{'arguments':>12}{'optimizer':>12}{'temporaries':>14}{'outputs':>10}{'peak':>10}"
             )
-        parts = (figures.arguments, figures.optimizer, figures.temporaries, figures.outputs, figures.peak)
+        parts = (used.arguments, used.optimizer, used.temporaries, used.outputs, used.peak)
         sizes = "".join(f"{p / 2**20:>{w},.1f}" for p, w in zip(parts, (12, 12, 14, 10, 10), strict=True))
         print(f"{kind:<12}{remat:<8}{sizes}", flush=True)
 

@@ -20,7 +20,8 @@ FLAGS.string(
     "number format, e.g. int8, w8a8, int4, nf4, int4:64 with a group size, or FILE:NAME; required unless the run was "
     "trained with quant.qat or over a quantized base",
 )
-FLAGS.enum("method", "absmax", ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"], "quantization method")
+_METHODS = ["absmax", "percentile", "mse", "smoothquant", "awq", "gptq"]
+FLAGS.enum("method", "absmax", _METHODS, "quantization method")
 FLAGS.string("head", "int8", "scheme of the embeddings and the output head; none leaves them unquantized")
 FLAGS.multi_string(
     "rule", [], "REGEX=SCHEME (or none) for weights whose name matches, e.g. 'layers/0/mlp/.*=int8'; may be repeated"
@@ -28,7 +29,7 @@ FLAGS.multi_string(
 FLAGS.string("fallback", "", "scheme for weights whose scheme this backend does not support; default: an error")
 FLAGS.string("data", "", "calibration text, in the form of data.source; default: the training text of the run")
 FLAGS.integer("sequences", 64, "number of calibration sequences")
-FLAGS.integer("seq_len", 0, "tokens per calibration sequence; default: train.seq_len of the run, or 512")
+FLAGS.integer("seq_len", 0, "tokens per calibration sequence; 0: train.seq_len of the run, or 512")
 FLAGS.integer("batch_size", 8, "number of calibration sequences per batch")
 FLAGS.boolean("act_order", True, "with --method=gptq: quantize the inputs with the largest activations first")
 
@@ -56,6 +57,8 @@ def main(f: cli.Flags) -> None:
     output = files.local_path(f.output, "--output")
     if output.exists():
         raise UserError(f"--output={output} already exists; choose another path, or remove it")
+    if f.scheme in _METHODS:
+        raise UserError(f"--scheme={f.scheme} is a method; use --method={f.scheme} with a scheme, e.g. --scheme=int4")
     if f.sequences < 1 or f.batch_size < 1 or f.seq_len < 0:
         values = f"--sequences={f.sequences} --batch_size={f.batch_size} --seq_len={f.seq_len}"
         raise UserError(f"{values}; expected positive numbers")
@@ -81,7 +84,7 @@ def main(f: cli.Flags) -> None:
     elif not f.scheme:
         raise UserError("--scheme is required; expected one of " + ", ".join(number_formats.WEIGHT_SCHEMES))
     else:
-        if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).own:
+        if f.method != "absmax" and f.scheme != "none" and number_formats.scheme(f.scheme).custom:
             raise UserError(
                 f"--method={f.method} has no effect on --scheme={f.scheme}, which encodes weights itself; omit it"
             )

@@ -23,7 +23,7 @@ NEEDS: cli.Needs = ((("token_rows",), "--tokens is not given", lambda f: f.token
 
 
 def main(f: cli.Flags) -> None:
-    from llm_jax import files, objects
+    from llm_jax import files, object_store
     from llm_jax.research import page, plots, runs
 
     if not f.path:
@@ -41,7 +41,7 @@ def main(f: cli.Flags) -> None:
 
         differences = held_out_tokens.differences(loaded, f.token_rows, losses.token_losses)
         sections = f"<section>{render_html.fragment(differences.picture())}</section>\n"
-    if not objects.is_object(output) and not output.parent.is_dir():
+    if not object_store.is_object(output) and not output.parent.is_dir():
         print(f"note: creating the directory {output.parent}", file=sys.stderr)
     files.write(output, page.render(loaded, f.title or files.absolute(last).name, sections))
     print(output)

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import types
 
-from llm_jax import cli, files, objects, runtime
+from llm_jax import cli, files, object_store, runtime
 from llm_jax.cli import signals
 from llm_jax.schema import Config
 
@@ -15,8 +15,8 @@ FLAGS = cli.Flags()
 FLAGS.string("workdir", None, "directory of the run (config, metrics, checkpoints)", required=True)
 FLAGS.integer("devices", None, "simulate this many CPU devices; default: the devices of this machine")
 FLAGS.string("coordinator_address", "", "several processes: HOST:PORT of process 0; default: detected from the cluster")
-FLAGS.integer("num_processes", 0, "with --coordinator_address: number of processes")
-FLAGS.integer("process_id", -1, "with --coordinator_address: index of this process, from 0")
+FLAGS.integer("num_processes", 0, "with --coordinator_address: number of processes; 0: not set")
+FLAGS.integer("process_id", -1, "with --coordinator_address: index of this process, from 0; -1: not set")
 FLAGS.string("coordinator_bind_address", "", "HOST:PORT at which process 0 listens; default: --coordinator_address")
 FLAGS.number("start_timeout", 300.0, "seconds to wait until all processes have started")
 FLAGS.boolean("dry_run", False, "print parameters and shardings, and estimate time, memory and disk of the run")
@@ -58,7 +58,7 @@ def _train(f: cli.Flags) -> int:
 def resumption(f: cli.Flags) -> str:
     """What the same command does after it was stopped. Called at an interrupt: imports nothing and reads no network."""
     workdir = f["workdir"].value
-    if not workdir or objects.is_object(workdir):
+    if not workdir or object_store.is_object(workdir):
         return "the same command resumes from the last checkpoint, or from step 0 without one"
     names = [path.name for path in (files.path(workdir) / "checkpoints").glob("*")]
     if steps := [int(name) for name in names if name.isascii() and name.isdigit()]:
@@ -72,7 +72,7 @@ def print_estimate(config: Config, workdir: pathlib.Path) -> None:
     from llm_jax.training import setup as setup_lib
 
     prepared = trainer.prepare(config, workdir)
-    setup, data = prepared.setup, prepared.inputs
+    setup, data = prepared.setup, prepared.data
     print(inputs.describe(setup.config, data))
     print(setup_lib.describe(setup), flush=True)
     held_out = {"": data.held_out, **data.held_out_by_source}

@@ -26,7 +26,7 @@ from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.kernels import compiler, native
 from llm_jax.model.transformer import Transformer
-from llm_jax.objects import clients, store
+from llm_jax.object_store import clients, store
 from tests import compilation
 from tests.compilation import pytest_runtest_setup as pytest_runtest_setup
 

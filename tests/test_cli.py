@@ -361,6 +361,19 @@ def test_a_reader_that_ends_early_ends_the_command_quietly(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("llm_jax.sample", "error: unknown command 'sample'; did you mean generate?\n"),
+        ("llm_jax.trian", "error: unknown command 'trian'; did you mean train?\n"),
+    ],
+)
+def test_python_m_of_an_unknown_command(module, message):
+    run = [sys.executable, "-m", module, "--checkpoint=x"]
+    done = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
         ((), 0, "usage: llm-jax COMMAND"),

@@ -25,7 +25,7 @@ def test_without_memory_the_shapes_are_counted_and_nothing_is_compiled(command, 
     monkeypatch.setattr(memory, "of_variant", None)
     lines = command("plan", *TINY).stdout.splitlines()
     weights = 64 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64  # embeddings, layers, last norm
-    assert lines[0] == f"{weights:,} parameters, {weights:,} trained"
+    assert lines[0] == f"{weights:,} parameters, {weights:,} trainable"
     flops = 6.0 * (2 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 64) + 12 * 2 * 64 * 32
     assert lines[1].startswith(f"{flops * 128:.3g} FLOPs per step of 4 x 32 = 128 tokens, ")
     mib = 4 * weights / 2**20

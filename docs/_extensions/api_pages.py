@@ -26,7 +26,7 @@ TITLES = {
     "llm_jax.kernels": "Kernels and number formats",
     "llm_jax.cli": "The command line",
     "llm_jax.schema": "Configuration options",
-    "llm_jax.objects": "Object stores",
+    "llm_jax.object_store": "Object stores",
 }
 
 

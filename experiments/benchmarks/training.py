@@ -64,7 +64,7 @@ def llm_jax(recipe: str, changes: Mapping[str, Any], rows: int, length: int) -> 
     model = parts.config.model
     passes = 1 if parts.config.lora.rank == 0 else 2 / 3  # frozen weights have no gradients of their own
     flops = passes * transformer.flops_per_token(model, length)
-    kept = (state.optimizer, state.ema)
+    kept = (state.opt_state, state.ema)
     details = {
         "imports MiB": round(imports),
         "optimizer state MiB": round(sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) / 2**20, 2),

@@ -5,7 +5,7 @@ import pathlib
 import posixpath
 from typing import Any
 
-from llm_jax import bars, files, objects
+from llm_jax import bars, files, object_store
 from llm_jax.errors import UserError
 
 
@@ -23,7 +23,7 @@ def fetch(url: str) -> pathlib.Path:
     """
     path = files.path(url)
     files.check_reachable(path)
-    selected = _of_last_checkpoint(objects.find(path))
+    selected = _of_last_checkpoint(object_store.find(path))
     if not selected:
         raise UserError(f"{url}: nothing there; expected a run, a checkpoint, a model directory or a .gguf file")
     state = sorted((relative, *map(str, _version(info))) for relative, info in selected.items())
@@ -35,7 +35,7 @@ def fetch(url: str) -> pathlib.Path:
     with files.new_directory(target.parent, exist_ok=True) as partial:
         for relative, info in bars.bar(selected.items(), desc=f"copying {url}", unit="file", leave=False):
             local = partial / target.name if single else partial / target.name / relative
-            objects.fetch(path if single else path / relative, local, partial)
+            object_store.fetch(path if single else path / relative, local, partial)
             if local.stat().st_size != info["size"]:
                 raise UserError(f"{url}: {relative} has changed while it was copied; try again")
     return target
@@ -47,7 +47,7 @@ def _of_last_checkpoint(infos: dict[str, Any]) -> dict[str, Any]:
     finished = [
         int(p[1])
         for p in parts.values()
-        if len(p) == 3 and p[0] == "checkpoints" and p[1].isdecimal() and p[2] == objects.LAST
+        if len(p) == 3 and p[0] == "checkpoints" and p[1].isdecimal() and p[2] == object_store.LAST
     ]
     if not finished:
         return infos

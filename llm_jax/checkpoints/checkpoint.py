@@ -249,8 +249,8 @@ def check_geometry(stored: ModelConfig, config: ModelConfig, name: str) -> None:
     """Raises UserError if weights of a `stored` model differ in names or shapes from those of a model of `config`."""
     same_layout = dataclasses.replace(stored, scan_layers=config.scan_layers, precision=config.precision)
     if same_layout != config:
-        found, expected = (trees.describe(abstract_params(Transformer(c))) for c in (same_layout, config))
-        trees.check(found, expected, name)
+        actual, expected = (trees.describe(abstract_params(Transformer(c))) for c in (same_layout, config))
+        trees.check(actual, expected, name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, name: str | pathlib.Path) -> None:

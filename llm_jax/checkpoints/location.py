@@ -3,12 +3,12 @@
 import os
 import pathlib
 
-from llm_jax import objects
+from llm_jax import object_store
 from llm_jax.checkpoints import buckets, zip_files
 from llm_jax.data import assets
 from llm_jax.errors import UserError
 
-_PREFIXES = ("asset:", "hf:", *objects.PREFIXES)
+_PREFIXES = ("asset:", "hf:", *object_store.PREFIXES)
 # The files that are downloaded from the hub: weights, configs, and every file of a tokenizer.
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
 _OTHER_PATTERNS = ["consolidated*", "original/*", "onnx/*"]  # the same weights in the layouts of other programs

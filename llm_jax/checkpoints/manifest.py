@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from llm_jax import files, objects
+from llm_jax import files, object_store
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
 
@@ -48,7 +48,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def _without_checkpoint(directory: pathlib.Path) -> str:
     """Explains that a directory has no finished checkpoint, and names the runs in it or the run that it belongs to."""
-    if not objects.is_object(directory):
+    if not object_store.is_object(directory):
         for above in files.absolute(directory).parents[:3]:
             if (above / "record.json").is_file():
                 return f"a part of a checkpoint; give the checkpoint, {above}"
@@ -99,7 +99,7 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
 def _read_json(path: pathlib.Path) -> Any:
     try:
         return files.read_json(path)
-    except objects.StoreError:
+    except object_store.StoreError:
         raise
     except UserError as error:
         raise UserError(f"{error}{_fallback(path.parent)}") from error
@@ -117,6 +117,8 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    reading = objects.user_errors(path, "cannot be read") if objects.is_object(path) else contextlib.nullcontext()
+    reading = (
+        object_store.user_errors(path, "cannot be read") if object_store.is_object(path) else contextlib.nullcontext()
+    )
     with reading, path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

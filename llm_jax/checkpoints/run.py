@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, objects, tokenizers, trees, weights
+from llm_jax import configuration, files, object_store, tokenizers, trees, weights
 from llm_jax.checkpoints import families, manifest, storage
 from llm_jax.checkpoints.checkpoint import Checkpoint, Shardings, abstract_params, convert_layout
 from llm_jax.errors import UserError
@@ -139,10 +139,10 @@ def read_arrays(directory: pathlib.Path, **items: Any) -> Any:
             with storage.readable_by_orbax(directory / "arrays") as arrays:
                 return orbax.restore(arrays, args=ocp.args.Composite(**arguments))
 
-    if not objects.is_object(directory):
+    if not object_store.is_object(directory):
         return read()
-    with objects.user_errors(directory, "cannot be read"):  # its files have been verified
-        return objects.bounded(directory, read)
+    with object_store.user_errors(directory, "cannot be read"):  # its files have been verified
+        return object_store.bounded(directory, read)
 
 
 def abstract_tree(records: Mapping[str, Any]) -> dict[str, Any]:

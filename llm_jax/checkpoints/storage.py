@@ -11,13 +11,13 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from llm_jax import files, objects
+from llm_jax import files, object_store
 
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps of the complete checkpoints in `directory`, ascending."""
-    if objects.is_object(directory):
-        names = objects.finished(directory)
+    if object_store.is_object(directory):
+        names = object_store.finished(directory)
     else:
         names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
@@ -25,44 +25,44 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 def begin(directory: pathlib.Path, step: int) -> pathlib.Path:
     """The path under which checkpoint `step` is written, which `create` creates."""
-    if not objects.is_object(directory):
+    if not object_store.is_object(directory):
         return directory / f"{files.PARTIAL}{step}"
-    if objects.has_orbax_driver(directory):
+    if object_store.has_orbax_driver(directory):
         return directory / str(step)
     return _uploads(directory) / str(step)
 
 
 def create(partial: pathlib.Path) -> None:
     """Creates the directory that `begin` names. Raises OSError, UserError."""
-    if objects.is_object(partial):
-        objects.remove(partial)  # of an attempt that was not finished
+    if object_store.is_object(partial):
+        object_store.remove(partial)  # of an attempt that was not finished
     else:
         partial.mkdir(parents=True)
 
 
 def commit(partial: pathlib.Path, path: pathlib.Path) -> None:
     """Makes the checkpoint at `partial`, which has its manifest, complete under its path. Raises OSError, UserError."""
-    if not objects.is_object(path):
+    if not object_store.is_object(path):
         files.rename(partial, path, durable=True)
     elif partial != path:
-        objects.remove(path)
-        objects.upload(partial, path)
+        object_store.remove(path)
+        object_store.upload(partial, path)
         shutil.rmtree(partial)
 
 
 def abandon(partial: pathlib.Path) -> None:
     """Removes a checkpoint that could not be written; errors are ignored."""
-    if objects.is_object(partial):
+    if object_store.is_object(partial):
         with contextlib.suppress(Exception):
-            objects.remove(partial)
+            object_store.remove(partial)
     else:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(path: pathlib.Path) -> None:
     """Removes a complete checkpoint. Raises OSError, UserError."""
-    if objects.is_object(path):
-        objects.remove(path)
+    if object_store.is_object(path):
+        object_store.remove(path)
         return
     renamed = path.with_name(f"{files.PARTIAL}{path.name}-old")
     path.rename(renamed)
@@ -72,12 +72,12 @@ def remove(path: pathlib.Path) -> None:
 
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes unfinished checkpoints that killed trainers left in `directory`. Raises OSError, UserError."""
-    if objects.is_object(directory):
+    if object_store.is_object(directory):
         shutil.rmtree(_uploads(directory), ignore_errors=True)
-        finished = set(objects.finished(directory))
-        for name in {name.split("/")[0] for name in objects.find(directory)} - finished:
+        finished = set(object_store.finished(directory))
+        for name in {name.split("/")[0] for name in object_store.find(directory)} - finished:
             if name.isascii() and name.isdigit():  # other files do not belong to the run
-                objects.remove(directory / name)
+                object_store.remove(directory / name)
         return
     for leftover in directory.glob(f"{files.PARTIAL}*"):
         shutil.rmtree(leftover)
@@ -91,7 +91,7 @@ def _uploads(directory: pathlib.Path) -> pathlib.Path:
 @contextlib.contextmanager
 def readable_by_orbax(arrays: pathlib.Path) -> Iterator[pathlib.Path]:
     """The directory of arrays of a checkpoint, or a temporary copy where Orbax has no driver for its store."""
-    if objects.has_orbax_driver(arrays):
+    if object_store.has_orbax_driver(arrays):
         yield files.absolute(arrays)
         return
     with files.local_copy(arrays) as copy:

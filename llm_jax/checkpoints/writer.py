@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import configuration, files, objects, tokenizers, trees
+from llm_jax import configuration, files, object_store, tokenizers, trees
 from llm_jax.checkpoints import generation_config, storage
 from llm_jax.checkpoints.manifest import FORMAT, steps, write_manifest
 from llm_jax.checkpoints.run import describe_leaves
@@ -120,10 +120,10 @@ class Writer:
                     storage.create(partial)
             arguments = ocp.args.Composite(**items)
             arrays_path = files.absolute(partial) / "arrays"
-            objects.bounded(partial, lambda: self._orbax.save(arrays_path, args=arguments))
+            object_store.bounded(partial, lambda: self._orbax.save(arrays_path, args=arguments))
         except Exception as error:
             # ValueError comes from TensorStore, others from the client of an object store.
-            if not isinstance(error, OSError | ValueError) and not objects.is_object(self.directory):
+            if not isinstance(error, OSError | ValueError) and not object_store.is_object(self.directory):
                 raise
             raise self._unwritten(partial, error) from error
         self._thread = threading.Thread(target=self._finish, args=(partial, record, key))
@@ -159,7 +159,7 @@ class Writer:
 
     def _finish(self, partial: pathlib.Path, record: dict[str, Any], key: str) -> None:
         try:
-            objects.bounded(partial, self._orbax.wait_until_finished)
+            object_store.bounded(partial, self._orbax.wait_until_finished)
             if not processes.is_main():
                 processes.broadcast(None, key, "to complete a checkpoint")
                 return
@@ -177,14 +177,14 @@ class Writer:
             self._error = self._unwritten(partial, error)
 
     def _unwritten(self, partial: pathlib.Path, error: BaseException) -> UserError:
-        self._unanswered = self._unanswered or isinstance(error, objects.Unanswered)
+        self._unanswered = self._unanswered or isinstance(error, object_store.Unanswered)
         try:
             files.check_lock(self._lock)
             storage.abandon(partial)
             self._abandoned = partial
             finished = steps(self.directory.parent)
             last = f"the last checkpoint is of step {finished[-1]}" if finished else "the run has no earlier checkpoint"
-        except objects.StoreError:
+        except object_store.StoreError:
             last = "the last finished checkpoint stays"
         except UserError as lost:  # what is at `partial` now belongs to another trainer
             return lost

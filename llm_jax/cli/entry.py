@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags, logging
 
-from llm_jax import extensions, files, objects, runtime
+from llm_jax import extensions, files, object_store, runtime
 from llm_jax.cli import help as help_lib
 from llm_jax.cli import parsing, signals, status
 from llm_jax.cli.parsing import Command
@@ -156,6 +156,6 @@ def _execute(command: Command, values: flags.FlagValues, arguments: Sequence[str
     except SystemExit as error:  # of code of the user: commands return their exit code
         raise UserError(f"{command.name}: {extensions.describe_exception(error)}") from error
     except Exception as error:
-        if message := objects.explain(error):
+        if message := object_store.explain(error):
             raise UserError(message) from error
         raise

@@ -22,8 +22,8 @@ from llm_jax.schema.value_names import expected
 Needs = Sequence[tuple[tuple[str, ...], str, Callable[[Any], Any]]]
 
 COMPILATION_CACHE = (
-    "cache compiled functions in $LLM_JAX_CACHE/compiled (default: ~/.cache/llm_jax/compiled, at most 1 GiB), so that "
-    "the command starts faster the next time; JAX_COMPILATION_CACHE_DIR takes precedence"
+    "cache compiled functions, so that the command starts faster the next time, in $LLM_JAX_CACHE/compiled or "
+    "~/.cache/llm_jax/compiled, up to 1 GiB; JAX_COMPILATION_CACHE_DIR takes precedence"
 )
 
 
@@ -89,7 +89,9 @@ class Flags(flags.FlagValues):
 
     def define_activations(self) -> None:
         """Defines --activations."""
-        meaning = "activations of products with quantized weights: float, or int8, which is faster and less exact"
+        meaning = (
+            "activations that are multiplied with quantized weights: float, or int8, which is faster and less exact"
+        )
         self.enum("activations", "float", ["float", "int8"], meaning)
 
     def define_mesh(self) -> None:

@@ -58,8 +58,8 @@ def build(
       UserError: documents cannot be read or encoded; the disk is full or cannot be written.
     """
     parts = directory.with_name(f".{directory.name}.parts")
-    own = {tokenizer.kind, *(file.format for file in catalog.files)}
-    workers = local_engine.number(workers, engine, own)
+    custom_parts = {tokenizer.kind, *(file.format for file in catalog.files)}
+    workers = local_engine.num_workers(workers, engine, custom_parts)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with _writing(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -68,27 +68,27 @@ def build(
                 return
             parts.mkdir(exist_ok=True)
             tokenizers.save(tokenizer, parts / "tokenizer")
-            sides = _divided(parts, catalog, held_out)
-            names: dict[str, list[str]] = {side.name: [] for side in sides}
+            splits = _divided(parts, catalog, held_out)
+            names: dict[str, list[str]] = {split.name: [] for split in splits}
             jobs: list[_Job] = []
             costs: list[int] = []
-            for side in sides:
-                for first, end, size in _shards(side, catalog.files):
-                    name = f"{side.name}-{len(names[side.name]):06}"
-                    names[side.name].append(name)
+            for split in splits:
+                for first, end, size in _shards(split, catalog.files):
+                    name = f"{split.name}-{len(names[split.name]):06}"
+                    names[split.name].append(name)
                     if not (parts / f"{name}.npz").exists():
-                        documents = _Documents(side.path, _runs(side, catalog.files, first, end))
+                        documents = _Documents(split.path, _runs(split, catalog.files, first, end))
                         jobs.append((parts, name, dtype.name, kind, catalog.field, documents))
                         costs.append(size)
             if engine == ray_engine.NAME:
-                _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs, own)
+                _receive(parts, _tokenizer_files(parts / "tokenizer"), jobs, costs, custom_parts)
             else:
                 for _ in local_engine.run_jobs(_part, jobs, costs, "tokenizing", workers=workers, min_bytes=_MIN_BYTES):
                     pass
             joined = parts / "joined"
             shutil.rmtree(joined, ignore_errors=True)
-            for side in sides:
-                _join(joined / side.name, parts, names[side.name], dtype)
+            for split in splits:
+                _join(joined / split.name, parts, names[split.name], dtype)
             files_lib.rename(joined, directory, durable=True)
             shutil.rmtree(parts, ignore_errors=True)
 
@@ -117,12 +117,12 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Side:
-    """One side of the corpus: "train" or "validation".
+class _Split:
+    """One split of the corpus: "train" or "validation".
 
     Attributes:
       path: the path, without suffix, of two files with the starts and the sizes of the documents.
-      file_ends: int64 (files,), number of documents of the side up to the end of each file.
+      file_ends: int64 (files,), number of documents of the split up to the end of each file.
       byte_ends: int64 (files,), bytes of these documents.
     """
 
@@ -134,7 +134,7 @@ class _Side:
 
 @dataclasses.dataclass(frozen=True)
 class _Documents:
-    """Documents of one side as runs of (file, first, end): small, because it is sent to a process."""
+    """Documents of one split as runs of (file, first, end): small, because it is sent to a process."""
 
     path: pathlib.Path
     runs: tuple[tuple[File, int, int], ...]
@@ -152,9 +152,9 @@ def _sizes(path: pathlib.Path) -> np.ndarray:
     return catalog_lib.memory_map(path.with_suffix(".sizes"), np.int64)
 
 
-def _divided(parts: pathlib.Path, catalog: Catalog, held_out: HeldOut) -> list[_Side]:
-    """Writes the starts and sizes of the documents of each side."""
-    sides = []
+def _divided(parts: pathlib.Path, catalog: Catalog, held_out: HeldOut) -> list[_Split]:
+    """Writes the starts and sizes of the documents of each split."""
+    splits = []
     for name, is_held in (("train", False), ("validation", True)):
         count, size = np.zeros((2, len(catalog.files)), np.int64)
         path = parts / name
@@ -167,22 +167,22 @@ def _divided(parts: pathlib.Path, catalog: Catalog, held_out: HeldOut) -> list[_
                 np.add.at(size, file, records["size"])
                 starts.write(records["start"].tobytes())
                 sizes.write(records["size"].tobytes())
-        sides.append(_Side(name, path, np.cumsum(count), np.cumsum(size)))
-    return sides
+        splits.append(_Split(name, path, np.cumsum(count), np.cumsum(size)))
+    return splits
 
 
-def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, int]]:
+def _shards(split: _Split, files: tuple[File, ...]) -> Iterator[tuple[int, int, int]]:
     """(first, end, bytes) of runs of documents of about the same size.
 
     A file that can be read only from its beginning is not divided.
     """
-    sizes, before, last = _sizes(side.path), 0, -1
-    target = min(max(int(side.byte_ends[-1]) // _PARTS, _SMALLEST), _LARGEST)
+    sizes, before, last = _sizes(split.path), 0, -1
+    target = min(max(int(split.byte_ends[-1]) // _PARTS, _SMALLEST), _LARGEST)
     divisible = np.array([streams.seekable(f.path) and readers.get(f.format).seekable for f in files])
-    first_of = np.concatenate([[0], side.byte_ends[:-1]]) // target  # the shard in which each file begins
+    first_of = np.concatenate([[0], split.byte_ends[:-1]]) // target  # the shard in which each file begins
     cuts: list[tuple[int, int]] = []  # (document, bytes before it)
     for block in catalog_lib.slices(0, len(sizes)):
-        file = np.searchsorted(side.file_ends, np.arange(block.start, block.stop), side="right")
+        file = np.searchsorted(split.file_ends, np.arange(block.start, block.stop), side="right")
         begins = before + np.cumsum(sizes[block]) - sizes[block]
         shard = np.where(divisible[file], begins // target, first_of[file])
         new = np.flatnonzero(np.diff(shard, prepend=last))
@@ -192,10 +192,10 @@ def _shards(side: _Side, files: tuple[File, ...]) -> Iterator[tuple[int, int, in
     return ((first, end, until - start) for (first, start), (end, until) in itertools.pairwise(cuts))
 
 
-def _runs(side: _Side, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
-    """(file, first, end) of the documents `first` to `end` of a side, file by file."""
-    low, high = np.searchsorted(side.file_ends, (first, end - 1), side="right").tolist()
-    bounds = [first, *side.file_ends[low:high].tolist(), end]
+def _runs(split: _Split, files: tuple[File, ...], first: int, end: int) -> tuple[tuple[File, int, int], ...]:
+    """(file, first, end) of the documents `first` to `end` of a split, file by file."""
+    low, high = np.searchsorted(split.file_ends, (first, end - 1), side="right").tolist()
+    bounds = [first, *split.file_ends[low:high].tolist(), end]
     runs = zip(files[low : high + 1], itertools.pairwise(bounds), strict=True)
     return tuple((file, begin, until) for file, (begin, until) in runs if begin < until)
 
@@ -275,19 +275,19 @@ def _receive(
     saved: tuple[tuple[str, bytes], ...],
     jobs: list[_Job],
     costs: list[int],
-    own: Iterable[str],
+    custom_parts: Iterable[str],
 ) -> None:
     """Runs the jobs of `_part` on a cluster, and writes the files of each part, NAME.npz last."""
     arguments = [(*rest, [(f, np.array(s), np.array(n)) for f, s, n in documents]) for _, *rest, documents in jobs]
     work = functools.partial(_part_remotely, saved)
-    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing", own):
+    for _, contents in ray_engine.run_jobs(work, arguments, costs, "tokenizing", custom_parts):
         for name in sorted(contents, key=lambda name: name.endswith(".npz")):
             with new_file(parts / name, source=f"data.cache_dir: {parts.parent}") as file:
                 file.write(contents[name])
 
 
 def _join(directory: pathlib.Path, parts: pathlib.Path, names: list[str], dtype: np.dtype) -> None:
-    """Joins the parts of one side."""
+    """Joins the parts of one split."""
     directory.mkdir(parents=True)
     for ending in ("tokens", "mask"):
         if ending == "tokens" or any((parts / f"{name}.mask").exists() for name in names):

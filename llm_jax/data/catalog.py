@@ -20,7 +20,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llm_jax import files, objects
+from llm_jax import files, object_store
 from llm_jax.data import local_engine, ray_engine, readers, shared_cache, sources
 from llm_jax.data.sources import File
 from llm_jax.data.streams import iterate
@@ -143,7 +143,7 @@ def read(
       UserError: a source is missing, cannot be read, or has no text; the scan cannot be written.
     """
     names = tuple(sources.weights(source))
-    prefix, workers = len(names) > 1, local_engine.number(workers, engine, [form])
+    prefix, workers = len(names) > 1, local_engine.num_workers(workers, engine, [form])
     scans = [
         SourceScan.make(name, form, prefix, field, cache_dir, workers, split_single_file, engine) for name in names
     ]
@@ -204,7 +204,7 @@ class SourceScan:
         files = sources.files(name, prefix, split_single_file=split_single_file, form=form)
         stamps = _stamps(files)
         directory = shared_cache.directory(cache_dir) / "scans"
-        where = "" if objects.is_object(name) else str(pathlib.Path.cwd())
+        where = "" if object_store.is_object(name) else str(pathlib.Path.cwd())
         key = json.dumps([name, where, prefix, field, _FORMAT])
         path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.scan"
         shared_cache.fetch(cache_dir, path)
@@ -214,9 +214,9 @@ class SourceScan:
         is_new = list(stored) != keys
         if is_new:
             with _scratch(directory) as scratch:
-                todo = [i for i in range(len(files)) if i not in scans]
-                jobs = [(files[i], field) for i in todo]
-                costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in todo)]
+                unscanned = [i for i in range(len(files)) if i not in scans]
+                jobs = [(files[i], field) for i in unscanned]
+                costs = [s if isinstance(s, int) else n for s, n in (stamps[i] for i in unscanned)]
                 title = f"reading {name}"
                 if engine == ray_engine.NAME:
                     scanned = ray_engine.run_jobs(_scan_remotely, jobs, costs, title, {file.format for file in files})
@@ -227,7 +227,7 @@ class SourceScan:
                         local_engine.run_jobs(_scan, local, costs, title, workers=workers, min_bytes=_MIN_BYTES)
                     )
                 maps = {part.name: memory_map(part, RECORD) for part in scratch.iterdir()}
-                scans |= {todo[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
+                scans |= {unscanned[i]: (digest, maps[part][at]) for i, (digest, part, at) in results.items()}
                 with tempfile.TemporaryFile(dir=directory) as joined:
                     for i in range(len(files)):
                         _append(joined, scans[i][1])
@@ -360,7 +360,7 @@ def _append_received(scratch: pathlib.Path, digest: str, records: np.ndarray) ->
 
 def _stamps(files: Sequence[File]) -> list[tuple[int | str, int]]:
     """`File.stamp` of each file. For objects, which need a request each, several requests run at a time."""
-    if not any(objects.is_object(file.path) for file in files):
+    if not any(object_store.is_object(file.path) for file in files):
         return [file.stamp() for file in files]
     with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
         return list(pool.map(File.stamp, files))

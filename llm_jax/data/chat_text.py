@@ -195,8 +195,8 @@ def _window(c: Conversation, index: int) -> list[Message]:
 
 
 def _windows(c: Conversation, first: int) -> list[dict[str, Any]]:
-    """For each answer its window without it, with the begin of an answer, and with it; then the true prefixes that test
-    them: the conversation before some of the answers, without and with the begin of an answer.
+    """For each answer its window without it, with the beginning of an answer, and with it; then the prefixes that test
+    the windows: the conversation before some of the answers, without and with the beginning of an answer.
 
     Args:
       first: index of the job of the whole conversation, which these follow.
@@ -273,7 +273,7 @@ def _by_prefixes(special: Any, conversations: Sequence[tuple[Conversation, str]]
 
 
 def _prefix_texts(c: Conversation, whole: str, rendered: Iterable[Rendered | UserError]) -> list[ChatText]:
-    """The texts of a conversation, from the conversation before each answer without and with its begin, and with it."""
+    """The texts of a conversation, from its text before each answer, with its beginning, and with the answer."""
     texts, spans = [], []
     for group in _groups(rendered, 3):
         before, asked, answered = (chat_template.checked(item).text for item in group)

@@ -177,7 +177,7 @@ class Source:
         return Corpus(train, validation, self.sha256, parts)
 
     def _example_ends(self, directory: pathlib.Path, documents: np.ndarray) -> np.ndarray:
-        """The number of examples of a side's first documents, for each of these numbers of documents."""
+        """The number of examples of the first documents of a split, for each of these numbers of documents."""
         documents = self._encoder.examples * documents
         if not (directory / "ends.npy").exists():
             return documents
@@ -256,7 +256,7 @@ def write_split(directory: pathlib.Path, split: Split) -> None:
 
 
 def open_split(directory: pathlib.Path) -> tuple[Split, np.ndarray]:
-    """A side of the token cache, and the bytes of its documents, int64 (documents,).
+    """A split of the token cache, and the bytes of its documents, int64 (documents,).
 
     Raises:
       UserError: the cache is damaged.

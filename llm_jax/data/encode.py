@@ -83,8 +83,8 @@ def _documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Tokenized
 
 def _instruction(text: str) -> list[Conversation]:
     record = _record(text)
-    unwanted = str(record.get("label")).lower() in ("false", "0", "0.0")  # CSV and TSV files hold text
-    if unwanted and "text" not in record:
+    is_undesirable = str(record.get("label")).lower() in ("false", "0", "0.0")  # CSV and TSV files hold text
+    if is_undesirable and "text" not in record:
         raise UserError(
             f"the record {_head(text)}: 'label' is {record['label']!r}: a rejected answer; leave such "
             "records out, or make pairs of 'chosen' and 'rejected' for data.kind=preferences"
@@ -103,9 +103,9 @@ def _instruction(text: str) -> list[Conversation]:
     record |= _prompt_and_answer(record)
     _need(text, record, ("prompt", "answer"), _INSTRUCTIONS)
     system = _system(text, record)
-    ask = system + _messages(text, record["prompt"], "user")
+    prompt = system + _messages(text, record["prompt"], "user")
     answer = _messages(text, record["answer"], "assistant")
-    return [_conversation(text, record, ask + answer, len(ask), isinstance(record["prompt"], str) and not system)]
+    return [_conversation(text, record, prompt + answer, len(prompt), isinstance(record["prompt"], str) and not system)]
 
 
 # The fields of `_instruction`, for messages.

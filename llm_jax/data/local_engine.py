@@ -66,7 +66,7 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
 
 
-def number(workers: int, engine: str, parts: Iterable[str]) -> int:
+def num_workers(workers: int, engine: str, parts: Iterable[str]) -> int:
     """`workers`, or 1 if a custom part is defined in `__main__`, for example of a notebook, which others cannot import.
 
     Args:

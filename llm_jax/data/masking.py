@@ -117,8 +117,8 @@ class Masked:
             units[1:] -= np.cumsum(continues)
         drawn = rng.random(len(tokens)) < self.mask_prob
         chosen = drawn[units] & v.maskable[tokens] & (row["segments"] > 0)
-        fate, random = rng.random(len(tokens)), rng.choice(v.ordinary, len(tokens))
-        replacements = np.where(fate < _MASK, v.mask, np.where(fate < _MASK + _RANDOM, random, tokens))
+        uniform, random = rng.random(len(tokens)), rng.choice(v.ordinary, len(tokens))
+        replacements = np.where(uniform < _MASK, v.mask, np.where(uniform < _MASK + _RANDOM, random, tokens))
         inputs = np.where(chosen, replacements, tokens).astype(np.int32)
         return row | {"inputs": inputs, "targets": tokens, "mask": chosen.astype(np.int32)}
 

@@ -39,19 +39,19 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     order = np.argsort(np.where(fit, -lengths, 1), kind="stable")[: np.count_nonzero(fit)]
     row_of, rows = np.zeros(len(order), np.int64), 0
     open_rows = [array.array("q") for _ in range(capacity + 1)]  # rows by free space
-    rooms = 0  # a bit set: bit r is 1 if a row with free space r exists
+    free_sizes = 0  # a bit set: bit r is 1 if a row with free space r exists
     for position, example in enumerate(iterate(order)):
         length = int(lengths[example])
-        if enough := rooms >> length:
-            room = length + (enough & -enough).bit_length() - 1
-            row = open_rows[room].pop()
-            rooms ^= (not open_rows[room]) << room
+        if large_enough := free_sizes >> length:
+            free = length + (large_enough & -large_enough).bit_length() - 1
+            row = open_rows[free].pop()
+            free_sizes ^= (not open_rows[free]) << free
         else:
-            room, row = capacity, rows
+            free, row = capacity, rows
             rows += 1
         row_of[position] = row
-        open_rows[room - length].append(row)
-        rooms |= (room > length) << (room - length)  # a full row is complete
+        open_rows[free - length].append(row)
+        free_sizes |= (free > length) << (free - length)  # a full row is complete
     row_of = np.random.default_rng(0).permutation(rows)[row_of]
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
     return Packing(order[np.argsort(row_of, kind="stable")], starts)

@@ -61,8 +61,8 @@ def run_jobs(
 def _sources(parts: Iterable[str]) -> tuple[tuple[str, bytes], ...]:
     """(relative path, content) of the files of custom parts. Those of installed packages are not sent."""
     names = sorted({name for part in parts if (name := extensions.module_name(part))})
-    found = [(extensions.relative_path(name), extensions.find_file(name)) for name in names]
-    return tuple((name, path.read_bytes()) for name, path in found if path and _is_below(name))
+    paths = [(extensions.relative_path(name), extensions.find_file(name)) for name in names]
+    return tuple((name, path.read_bytes()) for name, path in paths if path and _is_below(name))
 
 
 def _is_below(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 A format has two functions: `scan` validates the whole file and returns the positions of its documents; `read` returns
 the texts of given documents. Both keep one document, line or batch of rows in memory, and the
-whole array of a .json file. `data.format` selects a format of `FORMATS`, or a custom function (`own_format`).
+whole array of a .json file. `data.format` selects a format of `FORMATS`, or a custom function (`custom_format`).
 """
 
 import array
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from llm_jax import extensions
-from llm_jax.data import own_format, records
+from llm_jax.data import custom_format, records
 from llm_jax.data.records import Scan
 from llm_jax.data.streams import decode, iterate, open_stream, plain_name, seekable
 from llm_jax.errors import UserError
@@ -59,8 +59,8 @@ def get(name: str) -> FileFormat:
 def _own(specification: str) -> FileFormat:
     extension = extensions.load(OPTION, extensions.require_hash(OPTION, specification))
     extension.bind(extension.target)  # checks the options
-    scan = functools.partial(own_format.scan, extension)
-    return FileFormat(scan, functools.partial(own_format.read, extension), seekable=False)
+    scan = functools.partial(custom_format.scan, extension)
+    return FileFormat(scan, functools.partial(custom_format.read, extension), seekable=False)
 
 
 def chosen(name: str) -> str:

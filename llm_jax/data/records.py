@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import objects
+from llm_jax import object_store
 from llm_jax.data.streams import BOM, decode, iterate, open_stream, seekable, utf8_size
 from llm_jax.errors import UserError
 
@@ -235,7 +235,7 @@ def _parquet(path: str, field: str, rows: np.ndarray | None) -> Iterator[tuple[i
         raise UserError(f"{path}: reading Parquet needs a package; pip install pyarrow") from error
     try:
         if seekable(path):
-            file = parquet.ParquetFile(objects.stream(path) if objects.is_object(path) else path)
+            file = parquet.ParquetFile(object_store.stream(path) if object_store.is_object(path) else path)
         else:
             with open_stream(path) as stream:
                 file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))

@@ -9,12 +9,12 @@ import hashlib
 import json
 import pathlib
 
-from llm_jax import files, objects
+from llm_jax import files, object_store
 
 
 def directory(cache_dir: str) -> pathlib.Path:
     """The directory of this machine for `data.cache_dir`: that directory, or the copy of one in an object store."""
-    if not objects.is_object(cache_dir):
+    if not object_store.is_object(cache_dir):
         return pathlib.Path(cache_dir or "~/.cache/llm_jax").expanduser()
     return files.cache_directory() / "shared" / hashlib.sha256(cache_dir.rstrip("/").encode()).hexdigest()[:32]
 
@@ -28,18 +28,20 @@ def fetch(cache_dir: str, path: pathlib.Path) -> None:
     Raises:
       UserError: the store cannot be read, or this machine's copy not be written.
     """
-    if not objects.is_object(cache_dir) or path.exists():
+    if not object_store.is_object(cache_dir) or path.exists():
         return
     origin = _origin(cache_dir, path)
-    content = objects.find(origin)
+    content = object_store.find(origin)
     if "." in content:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.new_file(path) as file:
-            objects.copy_to(origin, file)
-    elif objects.LAST in content and content.keys() >= set(json.loads(objects.read(origin / objects.LAST))):
+            object_store.copy_to(origin, file)
+    elif object_store.LAST in content and content.keys() >= set(
+        json.loads(object_store.read(origin / object_store.LAST))
+    ):
         with files.new_directory(path, exist_ok=True) as partial:
-            objects.download(origin, partial)
-            (partial / objects.LAST).unlink()
+            object_store.download(origin, partial)
+            (partial / object_store.LAST).unlink()
 
 
 def publish(cache_dir: str, path: pathlib.Path) -> None:
@@ -51,15 +53,15 @@ def publish(cache_dir: str, path: pathlib.Path) -> None:
     Raises:
       UserError: the store cannot be written.
     """
-    if not objects.is_object(cache_dir):
+    if not object_store.is_object(cache_dir):
         return
     origin = _origin(cache_dir, path)
     if path.is_file():
-        objects.put(path, origin)
+        object_store.put(path, origin)
         return
-    objects.upload(path, origin)
+    object_store.upload(path, origin)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    objects.write(origin / objects.LAST, json.dumps(names).encode())
+    object_store.write(origin / object_store.LAST, json.dumps(names).encode())
 
 
 def _origin(cache_dir: str, path: pathlib.Path) -> pathlib.Path:

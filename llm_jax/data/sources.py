@@ -9,7 +9,7 @@ import pathlib
 import re
 import sysconfig
 
-from llm_jax import objects
+from llm_jax import object_store
 from llm_jax.data import assets, readers, records, streams
 from llm_jax.errors import UserError
 
@@ -43,8 +43,8 @@ class File:
         if self.format == "hf":
             dataset = records.load_data_set(self.path)
             return dataset._fingerprint, len(dataset)
-        if objects.is_object(self.path):
-            return objects.stamp(self.path)
+        if object_store.is_object(self.path):
+            return object_store.stamp(self.path)
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -104,9 +104,9 @@ def files(
         files = [dataclasses.replace(f, format=chosen or f.format) for f in _stdlib()]
     elif source.startswith("hf:"):
         files = [File(source, "", source[3:], "hf")]
-    elif objects.is_object(source):
-        objects.check(objects.path(source))
-        addresses = objects.glob(source)
+    elif object_store.is_object(source):
+        object_store.check(object_store.path(source))
+        addresses = object_store.glob(source)
         visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
         files = [_file(addresses[name], name, addresses[name] == source, chosen) for name in visible]
         if not files:
@@ -138,7 +138,7 @@ def paths(source: str, option: str) -> list[pathlib.Path]:
     Raises:
       UserError: there is no file, or the source is a data set of `datasets`.
     """
-    if source.startswith("hf:") or objects.is_object(source):
+    if source.startswith("hf:") or object_store.is_object(source):
         other = "a data set of datasets" if source.startswith("hf:") else "objects of a bucket"
         raise UserError(f"{option}={source}: expected files, asset:NAME or stdlib, not {other}")
     paths = sorted(pathlib.Path(file.path) for file in files(source, option=option))

@@ -20,7 +20,7 @@ class HeldOut:
     """The rule for the groups that are held out.
 
     Attributes:
-      ranges: (first, end, room): the groups of at most `room` bytes in the bins first ... end - 1 are held out.
+      ranges: (first, end, max_size): the groups of at most `max_size` bytes in the bins first ... end - 1 are held out.
       groups: uint64 (n,), ascending hashes of further groups that are held out.
       shared: uint64 (m,), ascending hashes of the groups that files name, which may have several documents.
       bytes_of: int64 (m,), bytes of each of the shared groups.
@@ -40,8 +40,8 @@ class HeldOut:
     def __call__(self, records: np.ndarray) -> np.ndarray:
         """bool (documents,): whether each document is held out, from `catalog.RECORD` (documents,)."""
         held, bins, sizes = _among(records["group"], self.groups), _bin(records["group"]), self.sizes(records)
-        for first, end, room in self.ranges:
-            held |= (first <= bins) & (bins < end) & (sizes <= room)
+        for first, end, max_size in self.ranges:
+            held |= (first <= bins) & (bins < end) & (sizes <= max_size)
         return held
 
 
@@ -70,37 +70,37 @@ def held_out(catalog: Catalog, fraction: float) -> HeldOut:
     if sum(len(hashes) for hashes, _ in _groups(catalog, rule)) < 2:
         raise UserError(
             f"the corpus is one document ({catalog.name(0)}), of which none can be held out; add another, or set "
-            "data.validation_fraction=0 to train on all text without held-out figures"
+            "data.validation_fraction=0 to train on all text without held-out metrics"
         )
-    share = room = fraction * catalog.num_bytes()
+    share = budget = fraction * catalog.num_bytes()
     ranges, groups, first = [], [_NONE], 0
     while first < _BINS:
         count, total = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-        for hashes, sizes in _fitting(catalog, rule, first, _BINS, room):
+        for hashes, sizes in _fitting(catalog, rule, first, _BINS, budget):
             np.add.at(count, _bin(hashes), 1)
             np.add.at(total, _bin(hashes), sizes)
         before = np.concatenate([[0], np.cumsum(total)])
-        end = int(np.searchsorted(before, room, side="right")) - 1  # the bins up to here fit completely
-        ranges.append((first, end, room))
-        room -= int(before[end])
+        end = int(np.searchsorted(before, budget, side="right")) - 1  # the bins up to here fit completely
+        ranges.append((first, end, budget))
+        budget -= int(before[end])
         first = max(end + 1, int(np.searchsorted(np.cumsum(count) - count[:end].sum(), _BATCH, side="right")))
-        hashes, sizes = map(np.concatenate, zip(*_fitting(catalog, rule, end, first, room), strict=True))
+        hashes, sizes = map(np.concatenate, zip(*_fitting(catalog, rule, end, first, budget), strict=True))
         order = np.argsort(hashes)
-        groups.append(hashes[order][taken := _take(sizes[order], room)])
-        room -= int(sizes[order][taken].sum())
-    if room == share:
+        groups.append(hashes[order][taken := _take(sizes[order], budget)])
+        budget -= int(sizes[order][taken].sum())
+    if budget == share:
         groups.append(_smallest(catalog, rule))
     return dataclasses.replace(rule, ranges=tuple(ranges), groups=np.sort(np.concatenate(groups)))
 
 
-def _take(sizes: np.ndarray, room: float) -> np.ndarray:
-    """int (n,): the indices that a greedy selection takes: in order, every size that still fits into `room`."""
+def _take(sizes: np.ndarray, budget: float) -> np.ndarray:
+    """int (n,): the indices that a greedy selection takes: in order, every size that still fits into `budget`."""
     taken, rest = [np.zeros(0, np.int64)], np.arange(len(sizes))
-    while len(rest := rest[sizes[rest] <= room]):
+    while len(rest := rest[sizes[rest] <= budget]):
         total = np.cumsum(sizes[rest])
-        fit = int(np.searchsorted(total, room, side="right"))
+        fit = int(np.searchsorted(total, budget, side="right"))
         taken.append(rest[:fit])
-        room -= int(total[fit - 1])
+        budget -= int(total[fit - 1])
         rest = rest[fit:]
     return np.concatenate(taken)
 
@@ -139,11 +139,11 @@ def _groups(catalog: Catalog, rule: HeldOut) -> Iterator[tuple[np.ndarray, np.nd
 
 
 def _fitting(
-    catalog: Catalog, rule: HeldOut, first: int, end: int, room: float
+    catalog: Catalog, rule: HeldOut, first: int, end: int, budget: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(hashes, bytes) of the groups of at most `room` bytes in the bins first ... end - 1."""
+    """(hashes, bytes) of the groups of at most `budget` bytes in the bins first ... end - 1."""
     for hashes, sizes in _groups(catalog, rule):
-        fit = (first <= _bin(hashes)) & (_bin(hashes) < end) & (sizes <= room)
+        fit = (first <= _bin(hashes)) & (_bin(hashes) < end) & (sizes <= budget)
         yield hashes[fit], sizes[fit]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import objects
+from llm_jax import object_store
 from llm_jax.errors import UserError
 
 BOM = "\ufeff"
@@ -51,9 +51,9 @@ def open_stream(path: str) -> Iterator[Any]:
     try:
         with contextlib.ExitStack() as stack:
             file: Any = path
-            if objects.is_object(path):
-                stack.enter_context(objects.user_errors(path, "cannot be read"))
-                file = stack.enter_context(objects.stream(path))
+            if object_store.is_object(path):
+                stack.enter_context(object_store.user_errors(path, "cannot be read"))
+                file = stack.enter_context(object_store.stream(path))
             if packed := PACKED.get(pathlib.Path(path).suffix):
                 file = stack.enter_context(packed(file, "rb"))
             elif file is path:

@@ -137,23 +137,23 @@ def _start(
     model: Transformer,
     groups: int,
     beams: int,
-    room: int,
+    capacity: int,
     params: Any,
     prompts_BP: jax.Array,
     lengths: jax.Array,
 ) -> BeamState:
     b, p = prompts_BP.shape
-    x_BPD, cache = loop.prefill(model, params, prompts_BP, lengths, p + room)
+    x_BPD, cache = loop.prefill(model, params, prompts_BP, lengths, p + capacity)
     shape = (b, groups, beams)
     empty = Hypotheses(
         jnp.full(shape, -jnp.inf),
         jnp.full(shape, -jnp.inf),
-        jnp.zeros((*shape, room), jnp.int32),
-        jnp.zeros((*shape, room), jnp.float32),
+        jnp.zeros((*shape, capacity), jnp.int32),
+        jnp.zeros((*shape, capacity), jnp.float32),
         jnp.zeros(shape, jnp.int32),
     )
     first = dataclasses.replace(empty, total=empty.total.at[..., 0].set(0.0))  # a single, empty hypothesis
-    history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
+    history = History(jnp.pad(prompts_BP, ((0, 0), (0, capacity))), lengths, lengths)
     source_rows = jnp.repeat(jnp.arange(b), groups * beams)  # the row of the prompt that each beam copies
     per_row = (cache.tokens, cache.layers, history, steps.last_logits(model, params, x_BPD, lengths))
     tokens, layers, history, logits = jax.tree.map(lambda x: x[source_rows], per_row)

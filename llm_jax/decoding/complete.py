@@ -155,20 +155,20 @@ def fit_to_context(model: Transformer, ids: list[int], options: DecodingOptions)
     if any(not 0 <= i < vocab for i in ids):
         raise UserError(f"the prompt has a token outside the model's vocabulary (its ids end at {vocab - 1})")
     bounds = [b for b in (options.context, positions.make(model.config).max_length()) if b]
-    room = min(bounds, default=len(ids) + options.max_new_tokens) - options.max_new_tokens
-    if len(ids) <= room:
+    available = min(bounds, default=len(ids) + options.max_new_tokens) - options.max_new_tokens
+    if len(ids) <= available:
         return ids
-    if room < 1:
+    if available < 1:
         raise UserError(
             f"--max_new_tokens={options.max_new_tokens} fills the context of {min(bounds)} tokens and leaves no room "
             "for the prompt; lower it"
         )
     if not options.truncate:
         raise UserError(
-            f"the prompt has {len(ids)} tokens; the context of {min(bounds)} tokens leaves {room} for it with "
+            f"the prompt has {len(ids)} tokens; the context of {min(bounds)} tokens leaves {available} for it with "
             f"--max_new_tokens={options.max_new_tokens}; shorten it, or give --truncate=left or --truncate=right"
         )
-    return ids[-room:] if options.truncate == "left" else ids[:room]
+    return ids[-available:] if options.truncate == "left" else ids[:available]
 
 
 def note_length(model: Transformer, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> None:

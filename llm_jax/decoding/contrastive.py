@@ -73,9 +73,11 @@ def search(
 
 
 @compiled.jit(static=(0,))
-def _start(model: Transformer, room: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array) -> ContrastiveState:
-    x_BPD, decoding = loop.begin(model, room, 0, params, prompts_BP, lengths)
-    return ContrastiveState(decoding, jnp.pad(_unit(x_BPD), ((0, 0), (0, room), (0, 0))))
+def _start(
+    model: Transformer, capacity: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
+) -> ContrastiveState:
+    x_BPD, decoding = loop.begin(model, capacity, 0, params, prompts_BP, lengths)
+    return ContrastiveState(decoding, jnp.pad(_unit(x_BPD), ((0, 0), (0, capacity), (0, 0))))
 
 
 @compiled.jit(static=(2,), donate=(4,))

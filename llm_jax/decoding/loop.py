@@ -113,8 +113,8 @@ def start(
 ) -> DecodingState:
     """Prefills a cache for the prompts and `max_new_tokens` tokens, and samples the first token."""
     prompts_BP, lengths = steps.padded(prompts, params)
-    room = steps.bucket(max_new_tokens)
-    return prefill_and_draw(model, room, alternatives, params, settings, prompts_BP, lengths)
+    capacity = steps.bucket(max_new_tokens)
+    return prefill_and_draw(model, capacity, alternatives, params, settings, prompts_BP, lengths)
 
 
 def prefill(
@@ -140,7 +140,7 @@ def prefill(
 @compiled.jit(static=(0, 1))
 def prefill_and_draw(
     model: Transformer,
-    room: int,
+    capacity: int,
     alternatives: int,
     params: Any,
     settings: DrawSettings,
@@ -148,20 +148,20 @@ def prefill_and_draw(
     lengths: jax.Array,
 ) -> DecodingState:
     """`start` for padded prompts: ids int32 (B, P) and lengths int32 (B,)."""
-    return steps.draw_token(begin(model, room, alternatives, params, prompts_BP, lengths)[1], settings)
+    return steps.draw_token(begin(model, capacity, alternatives, params, prompts_BP, lengths)[1], settings)
 
 
 def begin(
-    model: Transformer, room: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
+    model: Transformer, capacity: int, alternatives: int, params: Any, prompts_BP: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, DecodingState]:
     """Prefills padded prompts; returns their features (B, P, D), and the state from which the first token is drawn.
 
     For use under `jax.jit`.
     """
-    x_BPD, cache = prefill(model, params, prompts_BP, lengths, prompts_BP.shape[1] + room)
-    history = History(jnp.pad(prompts_BP, ((0, 0), (0, room))), lengths, lengths)
+    x_BPD, cache = prefill(model, params, prompts_BP, lengths, prompts_BP.shape[1] + capacity)
+    history = History(jnp.pad(prompts_BP, ((0, 0), (0, capacity))), lengths, lengths)
     return x_BPD, steps.empty_state(
-        cache, history, steps.last_logits(model, params, x_BPD, lengths), room, alternatives
+        cache, history, steps.last_logits(model, params, x_BPD, lengths), capacity, alternatives
     )
 
 

@@ -64,19 +64,19 @@ class PrefixCache:
         if positions.make(model.config).changes_keys(jnp.asarray(len(cached)), jnp.asarray(common)):
             common = 0  # the keys were computed with the frequencies of a longer text
         new_BP, _ = steps.padded([prompt[common:]], params)
-        end, room = common + new_BP.shape[1], steps.bucket(max_new_tokens)
+        end, capacity = common + new_BP.shape[1], steps.bucket(max_new_tokens)
         if state is None:
             # Copies, because the same array must not be donated twice.
-            cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, steps.bucket(end) + room))
-        elif state.cache.tokens.positions.shape[1] < end + room:
-            cache = resized(state.cache, steps.bucket(end) + room)
+            cache = jax.tree.map(jnp.copy, init_cache(model.config, 1, steps.bucket(end) + capacity))
+        elif state.cache.tokens.positions.shape[1] < end + capacity:
+            cache = resized(state.cache, steps.bucket(end) + capacity)
         else:
             cache = state.cache
         history = np.zeros(cache.tokens.positions.shape, np.int32)
         history[0, : len(prompt)] = prompt
         self.reused, self.prefilled = common, len(prompt) - common
         count = np.int32(self.prefilled)
-        return _extend(model, room, alternatives, params, settings, cache, history, np.int32(common), new_BP, count)
+        return _extend(model, capacity, alternatives, params, settings, cache, history, np.int32(common), new_BP, count)
 
     def _has(self, leaves: Sequence[jax.Array]) -> bool:
         """Whether the keys and values were computed with these weights."""
@@ -110,7 +110,7 @@ def resized(cache: KVCache, slots: int) -> KVCache:
 @compiled.jit(static=(0, 1), donate=(4,))
 def _extend(
     model: Transformer,
-    room: int,
+    capacity: int,
     alternatives: int,
     params: Any,
     settings: DrawSettings,
@@ -123,7 +123,7 @@ def _extend(
     """Prefills tokens after the first `common` ones of the cache, and draws a token.
 
     Args:
-      room: number of tokens that can be drawn.
+      capacity: number of tokens that can be drawn.
       cache: the cache of one row, in which the slot of a token is its position.
       history_BS: int32 (1, S), the whole prompt, padded.
       common: int32 (), length of the common prefix of the cached tokens and the prompt.
@@ -139,4 +139,4 @@ def _extend(
     logits = steps.last_logits(model, params, x_BPD, count[None])
     cache = dataclasses.replace(cache, index=length)  # the next token is written over the padding
     history = History(history_BS, length[None], length[None])
-    return steps.draw_token(steps.empty_state(cache, history, logits, room, alternatives), settings)
+    return steps.draw_token(steps.empty_state(cache, history, logits, capacity, alternatives), settings)

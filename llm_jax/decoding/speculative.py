@@ -101,8 +101,8 @@ def generate(
     draft_model, draft_params = draft or (None, None)
     settings = loop.draw_settings(model, sampler, seeds, eos, vocab_size)
     prompts_BP, lengths = steps.padded(prompts, params)
-    room = steps.bucket(max_new_tokens)
-    state = _start(model, draft_model, room, draft_tokens, params, draft_params, prompts_BP, lengths)
+    capacity = steps.bucket(max_new_tokens)
+    state = _start(model, draft_model, capacity, draft_tokens, params, draft_params, prompts_BP, lengths)
 
     def step(state: SpeculativeState, until: int) -> SpeculativeState:
         rounds = jnp.int32(until if stop or watch else max_new_tokens)  # every round adds at least one token
@@ -115,7 +115,7 @@ def generate(
 def _start(
     model: Transformer,
     draft_model: Transformer | None,
-    room: int,
+    capacity: int,
     draft_tokens: int,
     params: Any,
     draft_params: Any,
@@ -123,7 +123,7 @@ def _start(
     lengths: jax.Array,
 ) -> SpeculativeState:
     b, p = prompts_BP.shape
-    slots = p + room + draft_tokens + 1  # the last round may propose tokens past the end
+    slots = p + capacity + draft_tokens + 1  # the last round may propose tokens past the end
 
     def prefilled(model: Transformer, params: Any) -> KVCache:
         _, cache = loop.prefill(model, params, _known(model, prompts_BP), lengths, slots)
@@ -134,10 +134,10 @@ def _start(
         None if draft_model is None else prefilled(draft_model, draft_params),
         History(jnp.pad(prompts_BP, ((0, 0), (0, slots - p))), lengths, lengths),
         jnp.int32(0),
-        jnp.zeros((b, room + draft_tokens + 1), jnp.int32),
-        jnp.zeros((b, room + draft_tokens + 1), jnp.float32),
-        jnp.zeros((b, room, 0), jnp.int32),
-        jnp.zeros((b, room, 0), jnp.float32),
+        jnp.zeros((b, capacity + draft_tokens + 1), jnp.int32),
+        jnp.zeros((b, capacity + draft_tokens + 1), jnp.float32),
+        jnp.zeros((b, capacity, 0), jnp.int32),
+        jnp.zeros((b, capacity, 0), jnp.float32),
         jnp.zeros(b, jnp.int32),
         jnp.zeros(b, bool),
     )

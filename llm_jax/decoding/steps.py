@@ -107,18 +107,18 @@ def last_logits(model: Transformer, params: Any, x_BPD: jax.Array, lengths: jax.
     return apply(model, params, last_B1D, method="logits")[:, 0]
 
 
-def empty_state(cache: KVCache, history: History, logits: jax.Array, room: int, alternatives: int) -> DecodingState:
-    """The state before the first of at most `room` tokens, which is drawn from `logits` (B, V)."""
+def empty_state(cache: KVCache, history: History, logits: jax.Array, capacity: int, alternatives: int) -> DecodingState:
+    """The state before the first of at most `capacity` tokens, which is drawn from `logits` (B, V)."""
     b = len(logits)
     return DecodingState(
         cache,
         history,
         logits,
         jnp.int32(0),
-        jnp.zeros((b, room), jnp.int32),
-        jnp.zeros((b, room), jnp.float32),
-        jnp.zeros((b, room, alternatives), jnp.int32),
-        jnp.zeros((b, room, alternatives), jnp.float32),
+        jnp.zeros((b, capacity), jnp.int32),
+        jnp.zeros((b, capacity), jnp.float32),
+        jnp.zeros((b, capacity, alternatives), jnp.int32),
+        jnp.zeros((b, capacity, alternatives), jnp.float32),
         jnp.zeros(b, jnp.int32),
         jnp.zeros(b, bool),
     )

@@ -17,19 +17,19 @@ from llm_jax.schema import MeshConfig
 Gather = Callable[[jax.Array], jax.Array]  # (n, ...) of this device -> (devices * n, ...) of all
 
 
-def compiled(many: Callable[..., jax.Array], split: tuple[bool, ...]) -> Callable[..., Any]:
+def compiled(steps: Callable[..., jax.Array], split: tuple[bool, ...]) -> Callable[..., Any]:
     """Jits a function for all devices: (table, *arrays) -> table; the table is donated.
 
     Args:
-      many: (gather, table, *arrays) -> table, on one device.
+      steps: function (gather, table, *arrays) -> table after several steps, on one device.
       split: for each of the arrays, whether its second axis is divided among the devices.
     """
     if jax.device_count() == 1:
-        return jax.jit(functools.partial(many, lambda array: array), donate_argnums=0)
+        return jax.jit(functools.partial(steps, lambda array: array), donate_argnums=0)
     gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
     specs = (P(), *(P(None, "data") if parts else P() for parts in split))
     mesh = mesh_lib.make(MeshConfig(data=-1, fsdp=1, tensor=1, context=1, rules=()))
-    run = jax.shard_map(functools.partial(many, gather), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    run = jax.shard_map(functools.partial(steps, gather), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(run, donate_argnums=0)
 
 

@@ -51,11 +51,11 @@ def train(
     # which begin at 1 as in the authors' program.
     start = (rng.random((2 * words, width + 1)) - 0.5) / width
     table = jnp.asarray(np.concatenate([start, np.ones_like(start)], 1).astype(np.float32))
-    many = devices.compiled(functools.partial(_many, g.x_max, g.alpha, g.lr), (True, True, True))
+    train_steps = devices.compiled(functools.partial(_train_steps, g.x_max, g.alpha, g.lr), (True, True, True))
     for _ in range(config.epochs):
         for read, cell, count in _batches(cells, g.batch_size, rng):
             word, context = np.divmod(cell, words)
-            table = many(table, word.astype(np.int32), (words + context).astype(np.int32), count)
+            table = train_steps(table, word.astype(np.int32), (words + context).astype(np.int32), count)
             progress(read)
     both = np.asarray(table[:, :width])
     return WordVectors(corpus.words, check_finite(both[:words] + both[words:], f"lower glove.lr={g.lr}"))
@@ -151,21 +151,21 @@ def _batches(cells: np.ndarray, size: int, rng: np.random.Generator) -> Iterator
 
     Slices from all over the array are concatenated and then shuffled: random access to a mapped file would be slow.
     """
-    many = _STEPS * size
-    pieces = max(1, -(-len(cells) // many))
-    length = max(1, many // 64)
+    num_cells = _STEPS * size
+    pieces = max(1, -(-len(cells) // num_cells))
+    length = max(1, num_cells // 64)
     slices = rng.permutation(-(-len(cells) // length))
     for part in np.array_split(slices, pieces):
         mixed = np.concatenate([cells[i * length : (i + 1) * length] for i in part])
         mixed = mixed[rng.permutation(len(mixed))]
-        for start in range(0, len(mixed), many):
-            block = np.zeros(many, _CELL)
-            piece = mixed[start : start + many]
+        for start in range(0, len(mixed), num_cells):
+            block = np.zeros(num_cells, _CELL)
+            piece = mixed[start : start + num_cells]
             block[: len(piece)] = piece
             yield len(piece), block["cell"].reshape(_STEPS, size), block["count"].reshape(_STEPS, size)
 
 
-def _many(
+def _train_steps(
     x_max: float, alpha: float, lr: float, gather: devices.Gather, table, word_TP, context_TP, count_TP
 ) -> jax.Array:
     """T steps of AdaGrad over cells (T, P): the table (2 words, 2 (D + 1)) after them."""

@@ -41,9 +41,9 @@ def analogy(vectors: WordVectors, a: str, b: str, c: str, count: int = 10) -> li
     return _nearest(vectors, unit[b] - unit[a] + unit[c], {a, b, c}, count)
 
 
-def cosine(vectors: WordVectors, one: str, other: str) -> float:
+def cosine(vectors: WordVectors, first: str, second: str) -> float:
     """The cosine similarity of two words. Raises UserError for an unknown word."""
-    x, y = vectors[one], vectors[other]
+    x, y = vectors[first], vectors[second]
     return float(x @ y / np.maximum(np.linalg.norm(x) * np.linalg.norm(y), 1e-12))
 
 

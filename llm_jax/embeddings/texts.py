@@ -68,8 +68,8 @@ def _texts(path: pathlib.Path) -> Iterator[str]:
                 *ended, rest = _BLANK.split(rest + block)
                 yield from filter(str.strip, ended)
                 if len(rest) > _LONGEST:
-                    end = max(rest.rfind(" "), rest.rfind("\n"))
-                    end = end if end > 0 else len(rest)
+                    before, *last = rest.rsplit(None, 1)  # at the last white space
+                    end = len(before) if last else len(rest)
                     yield rest[:end]
                     rest = rest[end:]
             yield rest

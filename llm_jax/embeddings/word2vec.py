@@ -46,14 +46,16 @@ def train(corpus: WordCorpus, config: EmbeddingsConfig, progress: Progress = lam
     rng = np.random.default_rng(config.seed)
     start = (rng.random((len(corpus.words), config.width)) - 0.5) / config.width
     table = jnp.asarray(np.concatenate([start, np.zeros_like(start)], 1).astype(np.float32))
-    many = devices.compiled(functools.partial(_many, config.kind, w.window, w.negatives), (True, True, True, False))
+    train_steps = devices.compiled(
+        functools.partial(_train_steps, config.kind, w.window, w.negatives), (True, True, True, False)
+    )
     total, done = config.epochs * len(corpus.ids), 0
     for _ in range(config.epochs):
         for read, ids_TS, negatives_TGN, windows_TS in _steps(corpus, w, rng):
             share = (done + read * np.arange(len(ids_TS)) / len(ids_TS)) / total
             rates = w.lr + (w.final_lr - w.lr) * share
             ids_TE = word_windows(ids_TS, w.window, jax.device_count())
-            table = many(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
+            table = train_steps(table, ids_TE, negatives_TGN, windows_TS, rates.astype(np.float32))
             done += read
             progress(read)
     cure = f"lower word2vec.chunk={w.chunk} (words whose gradients are summed) or word2vec.lr={w.lr}"
@@ -113,7 +115,7 @@ def keep_probability(counts: np.ndarray, sample: float) -> np.ndarray:
     return np.minimum(1.0, np.sqrt(ratio) + ratio)
 
 
-def _many(
+def _train_steps(
     kind: str,
     window: int,
     negatives: int,
@@ -134,8 +136,8 @@ def _many(
         x_ED, y_ED = rows[: len(ids_E), :width], rows[: len(ids_E), width:]
         n_GND = rows[len(ids_E) :, width:].reshape(*negatives_GN.shape, width)
         x, y, n = gradient(x_ED, y_ED, n_GND, context_mask(ids_E, windows_S, window), negatives)
-        against = jnp.pad(n.reshape(-1, width), ((0, 0), (width, 0)))
-        update = rate * jnp.concatenate([jnp.concatenate([x, y], 1), against])
+        n_padded = jnp.pad(n.reshape(-1, width), ((0, 0), (width, 0)))
+        update = rate * jnp.concatenate([jnp.concatenate([x, y], 1), n_padded])
         return table.at[gather(places)].add(gather(update)), None
 
     return jax.lax.scan(body, table, (ids_TE, negatives_TGN, windows_TS, rates_T))[0]
@@ -172,7 +174,7 @@ def _skipgram(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, j
 
 
 def _cbow(x_ED, y_ED, n_GND, band_GBC, negatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `_skipgram`, with the mean of the contexts' x in place of x, against the centre's y."""
+    """As `_skipgram`, with the mean of the contexts' x in place of x, negatives the centre's y."""
     window = (band_GBC.shape[2] - _BLOCK) // 2
     count = band_GBC.sum(-1, keepdims=True)
     mean_GBC = band_GBC / jnp.maximum(count, 1)
@@ -203,8 +205,8 @@ def _without_halo(a_GCD: jax.Array, window: int) -> jax.Array:
     """The transpose of `_with_halo`: sums the rows of the same word, (G, C, D) -> (E, D)."""
     groups, _, width = a_GCD.shape
     total = jnp.zeros((groups * _BLOCK + 2 * window, width), a_GCD.dtype)
-    reach = -(-2 * window // _BLOCK) + 1  # blocks that overlap a row of the halo
-    for i in range(reach):
+    num_blocks = -(-2 * window // _BLOCK) + 1  # blocks that overlap a row of the halo
+    for i in range(num_blocks):
         part = a_GCD[:, i * _BLOCK : (i + 1) * _BLOCK]
         part = jnp.pad(part, ((0, 0), (0, _BLOCK - part.shape[1]), (0, 0))).reshape(-1, width)
         part = part[: len(total) - i * _BLOCK]

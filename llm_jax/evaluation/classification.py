@@ -110,7 +110,7 @@ def correct(
     return right_BN, present_BN > 0
 
 
-def describe(figures: dict[str, float]) -> str:
+def describe(metrics: dict[str, float]) -> str:
     """Formats the metrics of `accuracy`."""
-    interval = f"95 % interval {figures['low']:.1%} to {figures['high']:.1%}"
-    return f"{figures['accuracy']:.1%} of {figures['count']:,} correct, {interval}"
+    interval = f"95 % interval {metrics['low']:.1%} to {metrics['high']:.1%}"
+    return f"{metrics['accuracy']:.1%} of {metrics['count']:,} correct, {interval}"

@@ -23,14 +23,14 @@ def key(name: str) -> str:
     return f"task_examples/{name.removeprefix('task_')}" if name.startswith("task_") else ""
 
 
-def of_other_examples(figures: Mapping[str, float], counts: Mapping[str, int]) -> set[str]:
-    """The names of the metrics in `figures` whose count differs from the one in `counts`.
+def of_other_examples(metrics: Mapping[str, float], counts: Mapping[str, int]) -> set[str]:
+    """The names of the metrics in `metrics` whose count differs from the one in `counts`.
 
     Args:
-      figures: metrics and their counts, by name.
+      metrics: metrics and their counts, by name.
       counts: the counts of other evaluations of the run, by name.
     """
-    return {name for name in figures if (count := key(name)) in counts and figures[count] != counts[count]}
+    return {name for name in metrics if (count := key(name)) in counts and metrics[count] != counts[count]}
 
 
 def text(name: str, count: float) -> str:

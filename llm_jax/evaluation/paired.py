@@ -80,9 +80,9 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
     if not sizes.sum():
         raise UserError("no example was measured by all of these checkpoints; raise --seq_len")
     values = [unit.values[common] for unit in units]
-    figures: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
     for model in values:
-        figures.append({"units": len(sizes), "value": float(model.sum() / sizes.sum())})
+        comparisons.append({"units": len(sizes), "value": float(model.sum() / sizes.sum())})
         if model is values[0]:
             continue
         if proportions:
@@ -90,22 +90,22 @@ def compare(units: Sequence[Units], *, proportions: bool) -> list[dict[str, Any]
         else:
             interval = intervals.ratio(model - values[0], sizes)
         limits = [None if math.isnan(limit) else limit for limit in (interval.low, interval.high)]
-        figures[-1] |= {"difference": interval.estimate, "low": limits[0], "high": limits[1]}
-    return figures
+        comparisons[-1] |= {"difference": interval.estimate, "low": limits[0], "high": limits[1]}
+    return comparisons
 
 
 def table(
-    names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], figures: Sequence[dict[str, Any]], over: str
+    names: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], comparisons: Sequence[dict[str, Any]], over: str
 ) -> str:
     """Formats a table with a row for each model.
 
     Args:
       names: names of the checkpoints.
       columns: (title, one text per model).
-      figures: the result of `compare`.
+      comparisons: the result of `compare`.
       over: what the intervals are over, such as "over the documents".
     """
-    differences = [_difference(row) for row in figures]
+    differences = [_difference(row) for row in comparisons]
     all_columns = [("checkpoint", names), *columns, (f"difference from the first, 95 % interval {over}", differences)]
     lines = [[title for title, _ in all_columns], *zip(*(texts for _, texts in all_columns), strict=True)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(all_columns))]

@@ -1,4 +1,4 @@
-"""Reports which kernels compute products with quantized weights on this machine: `python -m llm_jax.kernels`.
+"""Reports which kernels multiply quantized weights on this machine: `python -m llm_jax.kernels`.
 
 Prints every choice with its reason, compares the kernels with the plain XLA products, and measures both: gigabytes of
 weights per second and GFLOP per second of one product of a large weight, for one row of activations and for several.

@@ -1,6 +1,6 @@
 """Compiles the C++ kernels. Imports no JAX, because the build of a wheel uses this module too (`hatch_build.py`).
 
-One library serves every CPU of an architecture: it chooses the instruction set at run time.
+One library supports every CPU of an architecture: it selects the instruction set at run time.
 """
 
 import concurrent.futures

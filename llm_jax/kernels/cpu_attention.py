@@ -1,4 +1,4 @@
-"""Attention of few queries over a cache of keys and values, by the kernel in C++ (`cpu/cached_attention.cc`).
+"""Attention of few queries over a cache of keys and values, by a C++ kernel (`cpu/cached_attention.cc`).
 
 XLA copies the whole cache for every token, because its batched products need the heads before the keys.
 """
@@ -11,8 +11,8 @@ from llm_jax.kernels import native
 
 # Letters of shapes: B batch, T queries, S keys, N heads, K key/value heads, H head width.
 
-MAX_QUERIES = 16  # with more, XLA's matmuls are faster
-_LEAST_KEYS = 2**14  # numbers of the cache of keys; to copy fewer costs less than to compile the kernel
+MAX_QUERIES = 16  # with more queries, XLA's matmuls are faster
+_LEAST_KEYS = 2**14  # entries of the cache of keys; copying a smaller cache takes less time than compiling the kernel
 
 # Float32 or bfloat16 (B, S, K, H), or int8 codes with float16 scales (B, S, K, 1).
 Cached = jax.Array | tuple[jax.Array, jax.Array]

@@ -1,6 +1,6 @@
-"""Products of a row with a bfloat16 weight, by the kernel in C++ (`cpu/bfloat16_product.cc`).
+"""Products of a few rows with a bfloat16 weight, by a C++ kernel (`cpu/bfloat16_product.cc`).
 
-XLA reads a bfloat16 weight at a fraction of the memory bandwidth. It reads a float32 weight at the full one.
+XLA reads float32 weights at the full memory bandwidth, but bfloat16 weights at a fraction of it.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from llm_jax.kernels import native
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
 
-MAX_ROWS = 1  # with more, XLA's matmul is faster
-MAX_ROWS_AMX = 2**20  # by AMX, which was not measured against XLA's matmul: only where the user chooses its path
-_LEAST_SIZE = 2**17  # numbers of a weight; to read fewer by XLA costs less than to compile the kernel
+MAX_ROWS = 1  # with more rows, XLA's matmul is faster
+MAX_ROWS_AMX = 2**20  # with AMX, which has not been compared with XLA's matmul: only if the user selects its path
+_LEAST_SIZE = 2**17  # entries of a weight; with fewer, XLA takes less time than compiling the kernel
 
 
 def unsupported_reason(x: jax.Array, w: jax.Array, accumulate: Any) -> str:

@@ -17,10 +17,10 @@ from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
-# The most rows of activations by the bits of a code. With more, XLA's matmul of the expanded weight is faster.
+# {bits of a code: maximum number of rows}. With more rows, XLA's matmul of the expanded weight is faster.
 MAX_ROWS = {8: 4, 4: 16, 2: 16}
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
-_MOST_INPUTS = 2**20  # integer sums of as many products fit 32 bits
+_MOST_INPUTS = 2**20  # int32 sums of this many products do not overflow
 
 
 def unsupported_reason(

@@ -1,4 +1,4 @@
-"""Which kernels compute products with quantized weights on this machine, why, whether they are right, and how fast."""
+"""Reports which kernels multiply quantized weights on this machine and why, tests them, and measures their speed."""
 
 import functools
 import os
@@ -40,12 +40,12 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"kernels   {library._name}")
     if reason := native.loaded()[1]:
         print(f"          compiled on this machine: {reason}")
-    why = "the fastest this CPU has of" if native.path_setting() == "auto" else f"by {native.PATH_SETTING}, of"
-    print(f"path      {path}, {why} {', '.join(native.PATHS[1:])}")
+    why = "the fastest on this CPU" if native.path_setting() == "auto" else f"set by {native.PATH_SETTING}"
+    print(f"path      {path}: {why}; the paths are {', '.join(native.PATHS[1:])}")
     reason = native.amx_reason(library)
     print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
-    print(f"threads   those of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
-    print("choices   by the rows of activations; with more than the kernel takes, XLA")
+    print(f"threads   of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
+    print("choices   by number of rows of activations; XLA computes more rows than a kernel supports")
     for name in number_formats.WEIGHT_SCHEMES:
         scheme = number_formats.scheme(name)
         codes, *rest = _request(name, 256, 8)
@@ -60,22 +60,22 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     most = cpu_attention.MAX_QUERIES
     print(f"  {'attention':<12} {f'XLA: {reason}' if reason else f'kernel, 1 to {most} queries over a cache'}")
     _show_pallas(rows, inputs, outputs)
-    served = [
+    supported = [
         name
         for name in number_formats.WEIGHT_SCHEMES
         if not number_formats.scheme(name).activations
         and not cpu_product.unsupported_reason(jnp.ones((1, 256)), *_request(name, 256, 8))
     ]
-    failed = self_test(served)
+    failed = self_test(supported)
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
-    _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in served], rows, inputs, outputs)
+    _measure([name for name in ("int8", "int4", "int2", "nf4", "mxfp4") if name in supported], rows, inputs, outputs)
     return int(bool(failed))
 
 
 def _show_pallas(rows: int, inputs: int, outputs: int) -> None:
-    """Prints what the kernels in Pallas compute, for a product and for its transposed one (the backward pass)."""
+    """Prints which matmuls, and transposed matmuls of the backward pass, the Pallas kernels compute."""
     print(f"pallas    here: {pallas.unusable_reason() or 'used'}; choices for {rows} rows of bfloat16 and a weight of")
-    print(f"          {inputs} x {outputs}: the product and, after the comma, the transposed product")
+    print(f"          {inputs} x {outputs}: first the matmul, then the transposed matmul of the backward pass")
     for platform in ("tpu", "gpu"):
         module = pallas.kernels(platform)
         for name in number_formats.WEIGHT_SCHEMES:
@@ -98,20 +98,20 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
         print(f"self-test none, XLA computes everything: {reason}")
         return 0
     names = [name for name in number_formats.WEIGHT_SCHEMES if not number_formats.scheme(name).activations]
-    served, failed = [], ""
+    supported, failed = [], ""
     for name in names:
         codes, s, axis, *rest = _request(name, inputs, outputs)
         x = jax.random.normal(jax.random.key(1), (rows, inputs), jnp.bfloat16)
         if pallas.unsupported_reason(x, codes, s, axis, *rest):
             continue
-        served.append(name)
-        got = pallas.product(x, codes, s, axis, 0)
+        supported.append(name)
+        result = pallas.product(x, codes, s, axis, 0)
         expected = matmul.xla_product(x, codes, s, axis, *rest)
-        error = float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
+        error = float(jnp.max(jnp.abs(result - expected)) / jnp.max(jnp.abs(expected)))
         if not error < _PALLAS_TOLERANCE:
             failed = failed or f"the relative error of {name} is {error:.1e}; expected less than {_PALLAS_TOLERANCE}"
     print(f"self-test {f'failed: {failed}' if failed else 'passed'}")
-    _measure(served, rows, inputs, outputs, jnp.bfloat16)
+    _measure(supported, rows, inputs, outputs, jnp.bfloat16)
     return int(bool(failed))
 
 
@@ -120,9 +120,9 @@ def self_test(names: list[str]) -> str:
     for name in names:
         codes, s, axis, contracted, _ = _request(name, 192, 77)
         x = jax.random.normal(jax.random.key(1), (3, 192))
-        got = cpu_product.product(x, codes, s, axis)
+        result = cpu_product.product(x, codes, s, axis)
         expected = _reference(x, codes, s)
-        error = jnp.max(jnp.abs(got - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
+        error = jnp.max(jnp.abs(result - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
             return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
         (rounded,) = cpu_product.blockwise_products(x, [codes], s, axis)
@@ -133,13 +133,13 @@ def self_test(names: list[str]) -> str:
     q, k, v = _heads(256)
     weights = jax.nn.softmax(jnp.einsum("bth,bsh->bts", q[:, :, 0], k[:, :, 0]) / 8)
     expected = jnp.einsum("bts,bsh->bth", weights, v[:, :, 0])
-    got = cpu_attention.attention(q, k, v, jnp.ones((1, 3, 256), bool), None)[:, :, 0]
-    if not jnp.allclose(got, expected, atol=1e-5):
+    result = cpu_attention.attention(q, k, v, jnp.ones((1, 3, 256), bool), None)[:, :, 0]
+    if not jnp.allclose(result, expected, atol=1e-5):
         return "attention over a cache differs from that of XLA"
     x8, codes8, scale = jnp.ones((2, 192), jnp.int8) * 3, jnp.ones((192, 77), jnp.int8) * -5, jnp.full((1, 77), 0.5)
     if not cpu_product.unsupported_integer_reason(x8, codes8):
-        got = cpu_product.integer_product(x8, jnp.float32(2), codes8, scale, _AXIS)
-        if not (got == -15 * 192).all():
+        result = cpu_product.integer_product(x8, jnp.float32(2), codes8, scale, _AXIS)
+        if not (result == -15 * 192).all():
             return "the product of integers is wrong"
     return ""
 
@@ -178,9 +178,9 @@ def _request(name: str, inputs: int, outputs: int) -> tuple[matmul.Codes, Scheme
 
 
 def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any = jnp.float32) -> None:
-    """Prints the time of each product with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
+    """Prints the speed of each matmul with activations in `dtype`: float32 for the kernels in C++, else for Pallas."""
     compiled, base_name = dtype == jnp.float32, str(jnp.dtype(dtype))
-    print(f"measured  a weight of {inputs} x {outputs}; bytes of the weight and its scales; x: time beside {base_name}")
+    print(f"measured  a weight of {inputs} x {outputs}; bytes include its scales; x: speedup over {base_name}")
     print(f"  {'':<10}{'rows':>5}{'GB/s':>8}{'GFLOP/s':>9}{'x':>6}{'XLA: GB/s':>12}{'GFLOP/s':>9}{'x':>6}")
     dense = jax.random.normal(jax.random.key(0), (inputs, outputs), dtype)
     for count in dict.fromkeys((1, rows)):
@@ -210,8 +210,8 @@ def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any 
                     line += " " * sum(widths)
                     continue
                 seconds = _seconds(function, x, codes)
-                figures = size / seconds, flops / seconds, base / seconds
-                line += "".join(f"{figure:>{width}.1f}" for figure, width in zip(figures, widths, strict=True))
+                rates = size / seconds, flops / seconds, base / seconds
+                line += "".join(f"{rate:>{width}.1f}" for rate, width in zip(rates, widths, strict=True))
             print(line, flush=True)
 
 

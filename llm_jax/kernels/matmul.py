@@ -175,10 +175,10 @@ def expanded_products(
     def all_by_xla(x, weights):
         return tuple(by_xla(x, codes) for codes in weights)
 
-    if not pallas.unusable_reason():  # such a kernel has one weight, and may not serve all of them
+    if not pallas.unusable_reason():  # a Pallas kernel takes one weight, and may not support all of them
         kernel = functools.partial(pallas.product, s=s, axis=axis, contracted=contracted, out_dtype=out_dtype)
-        unserved = [pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights]
-        pairs = zip(weights, unserved, strict=True)
+        reasons = [pallas.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights]
+        pairs = zip(weights, reasons, strict=True)
         return tuple(by_xla(x, codes) if reason else _on_device(kernel, by_xla, x, codes) for codes, reason in pairs)
     unsupported = any(cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights)
     if unsupported or native.library() is None:
@@ -227,7 +227,7 @@ def _tiles(codes: Codes, s: Scheme, contracted: int) -> int:
     """The number of tiles of the first axis (of complete groups or rows); 0: too small, or not divisible."""
     rows, columns = number_formats.logical_shape(codes[0].shape, s, contracted - 2)
     units = codes[1].shape[0]
-    if units == 1 and (contracted == 1 or number_formats.FORMATS[s.format].bits == 8):  # one scale serves any rows
+    if units == 1 and (contracted == 1 or number_formats.FORMATS[s.format].bits == 8):  # one scale for all rows
         units = rows
     if rows * columns < 2 * _TILE or units == 1:
         return 0
@@ -246,7 +246,7 @@ def _tiled(x, codes, s, axis, contracted, accumulate, tiles):
         return number_formats.decode(tile, scale, offset, s, axis)
 
     parts = tuple(cut(a) for a in codes)
-    if contracted == 1:  # a tile of rows gives a part of the result
+    if contracted == 1:  # a tile of rows computes a part of the result
         out = lax.map(lambda part: _product(x, numbers(part), contracted, accumulate), parts)  # (tiles, ..., F / tiles)
         return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-1], -1)
 

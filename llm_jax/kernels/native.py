@@ -1,4 +1,4 @@
-"""The kernels in C++: those of the wheel, else compiled on first use and cached; registered with XLA.
+"""Loads the C++ kernels (from the wheel, or compiled on first use and cached) and registers them with XLA.
 
 The environment variable LLM_JAX_KERNELS chooses who computes products with quantized weights and attention over a
 cache: "xla", "cpu" (an error where the kernels cannot be compiled), "pallas" (products: see `pallas`), or "auto", the
@@ -99,7 +99,7 @@ def amx_reason(library: ctypes.CDLL) -> str:
 
 @functools.cache
 def loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, and the reason why they are not those of the wheel, or "" if it has none.
+    """(the C++ kernels, reason why the prebuilt ones of the wheel are not used; "" if the wheel contains none).
 
     Without kernels: None and the reason why they cannot be compiled or loaded.
     """
@@ -113,7 +113,7 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def unusable_reason() -> str:
-    """The reason why no kernel serves the function that is being traced, whatever its arguments, or ""."""
+    """The reason why the function being traced cannot use a C++ kernel, independent of its arguments; or ""."""
     if (platform_name := target.platform()) != "cpu":
         return f"JAX runs on {platform_name}"
     # Whether an array is sharded shows only when the program is compiled; XLA would gather it for a custom call.
@@ -131,7 +131,7 @@ def _note(reason: str) -> None:
 
 
 def _prebuilt() -> tuple[ctypes.CDLL | None, str]:
-    """The library of the wheel, or None and the reason why it does not serve this system; "" if the wheel has none."""
+    """(library of the wheel or None, reason why it cannot be used on this system; "" if the wheel contains none)."""
     libraries = sorted(compiler.PREBUILT.glob("*.so"))
     if not libraries:
         return None, ""

@@ -8,7 +8,7 @@ code represents
 A *format* defines the values of the codes; a *scheme* is a format with a group size, the dtype of its scales,
 its offset, and the quantization of activations. Schemes have names (`SCHEMES`), to which a group size may be
 added: "int4:64", "int8:channel", "int8:tensor"; and "+a8" for activations in 8 bits: "int4+a8", "int4:64+a8".
-A scheme of the form FILE:NAME(OPTIONS) is a class of the user (`own_format`) instead of a format.
+A scheme of the form FILE:NAME(OPTIONS) is a class of the user (`custom_format`) instead of a format.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import numpy as np
 
 from llm_jax import extensions
 from llm_jax.errors import UserError
-from llm_jax.kernels import own_format, target
+from llm_jax.kernels import custom_format, target
 from llm_jax.schema.value_names import suggestion
 
 # Letters of shapes: I in, O out, G groups, N numbers of a group.
@@ -108,7 +108,7 @@ class Scheme:
       offset: "" (none), "minimum" of the group, or "mean" of the weight.
       activations: "" (not quantized), or int8: "dynamic" (a scale per token), "static" (one calibrated scale), or
         "blocks" (a scale per token and block of at most `ACTIVATION_BLOCK` inputs of a group).
-      own: the number format of the user's own, to which no other attribute applies; its format is "". Otherwise None.
+      custom: the custom number format, to which no other attribute applies; its format is "". Otherwise None.
     """
 
     format: str
@@ -116,7 +116,7 @@ class Scheme:
     scale: str = "float32"
     offset: str = ""
     activations: str = ""
-    own: own_format.OwnFormat | None = None
+    custom: custom_format.CustomFormat | None = None
 
 
 SCHEMES = {
@@ -144,7 +144,7 @@ SCHEMES = {
 
 def accepts_int8_activations(s: Scheme) -> bool:
     """Whether `s` has a product with activations that are rounded in blocks: a scheme of integers or 4-bit floats."""
-    return not (s.activations or s.own) and (FORMATS[s.format].integers or s.format in ("nf4", "e2m1"))
+    return not (s.activations or s.custom) and (FORMATS[s.format].integers or s.format in ("nf4", "e2m1"))
 
 
 WEIGHT_SCHEMES = tuple(name for name in SCHEMES if name not in ("double", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
@@ -155,10 +155,10 @@ def scheme(name: str) -> Scheme:
 
     Raises:
       UserError: the scheme does not exist, or the group is not a number of at least 2, "channel" or "tensor", or
-        the products of "+a8" are not defined for it. See also `own_format.load`.
+        the products of "+a8" are not defined for it. See also `custom_format.load`.
     """
     if name.partition(":")[0] not in SCHEMES and extensions.is_specification(name):  # "int4:-32" is a wrong group
-        return Scheme("", CHANNEL, own=own_format.load(name))
+        return Scheme("", CHANNEL, custom=custom_format.load(name))
     return _built_in(name)
 
 
@@ -191,8 +191,8 @@ def _built_in(name: str) -> Scheme:
 
 def unsupported_reason(s: Scheme, size: int) -> str:
     """The reason why an axis of `size` numbers cannot be divided into the groups of the scheme, or ""."""
-    if s.own:
-        return ""  # `own_format.OwnFormat.check` traces it
+    if s.custom:
+        return ""  # `custom_format.CustomFormat.check` traces it
     group, per_byte = s.group if s.group > 0 else size, 8 // FORMATS[s.format].bits
     if size % group:
         fitting = next((g for g in (128, 64, 32, 16, 8) if g < group and size % g == 0), 0)

@@ -1,7 +1,8 @@
-"""The choice of a kernel in Pallas for a product with a quantized weight.
+"""Selects a Pallas kernel for a matrix product with a quantized weight.
 
-`tpu_product` serves TPUs. `gpu_product` serves GPUs where LLM_JAX_KERNELS is "pallas": it has been interpreted, and not
-measured on a GPU. With that setting, a CPU interprets the kernel for TPUs, which is slow and for tests.
+`tpu_product` is for TPUs. `gpu_product` is for GPUs and is used only with LLM_JAX_KERNELS=pallas: it has been tested in
+interpret mode, and not measured on a GPU. With this setting, a CPU interprets the TPU kernel, which is slow and meant
+for tests.
 """
 
 import importlib
@@ -24,7 +25,7 @@ def kernels(platform: str) -> ModuleType:
 
 
 def unusable_reason() -> str:
-    """The reason why no kernel in Pallas serves the function that is being traced, whatever its arguments, or ""."""
+    """The reason why the function being traced cannot use a Pallas kernel, independent of its arguments; or ""."""
     setting, platform = native.setting(), target.platform()
     if setting == "xla" or platform not in PLATFORMS:
         return f"{native.SETTING}={setting} on {platform}"

@@ -1,4 +1,4 @@
-"""The platform that a function is compiled for, which kernels are chosen by."""
+"""The platform that a function is compiled for, by which kernels are selected."""
 
 from typing import Any
 

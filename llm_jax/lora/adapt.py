@@ -93,7 +93,7 @@ def ranks(base: trees.Tree, config: LoraConfig) -> dict[str, dict[str, int]]:
     for source, patterns in (("lora.targets", config.targets), ("lora.ranks", [p for p, _ in config.ranks])):
         if unused := [pattern for pattern in patterns if pattern not in used]:
             other = _other_pattern(unused[0], source, ranks_by_path)
-            cure = f"; did you mean '{other}'?" if other else ""
+            cure = f"; did you mean '{other}'?" if other else f"; {_weight_names(base)}"
             if "," in unused[0]:
                 parts = [part.strip() for part in unused[0].split(",")]
                 suggestion = tuple(_other_pattern(p, source, ranks_by_path) or p for p in parts)
@@ -115,10 +115,21 @@ def _other_pattern(pattern: str, source: str, paths: Iterable[str]) -> str | Non
       source: "lora.targets" or "lora.ranks".
       paths: the paths of all weights.
     """
-    last = pattern.rsplit(".", 1)[-1]
+    last = re.split(r"[.*\\/$]+", pattern.rstrip("$"))[-1]
     if any(name.endswith(f"/{last}") for path in paths for name in trees.expand(path)):
         return f"layers/.*/{last}"  # a pattern matches the whole name of a weight
     return _OTHER_NAMES.get(last) if source == "lora.targets" else None
+
+
+def _weight_names(base: trees.Tree) -> str:
+    """The sentence of an error that lists the matrices of a model, with N for the number of a layer."""
+    matrices = {
+        _template(name).replace("layers/*/", "layers/N/")
+        for path, weight in trees.flatten(base).items()
+        for name in trees.expand(path)
+        if len(weight.shape) - (trees.layers_of(path) is not None) >= 2
+    }
+    return f"the matrices of the model are {', '.join(sorted(matrices))}, and a pattern matches the whole name"
 
 
 def _rank(name: str, shape: tuple[int, ...], target: str, rules: Any, default: int, used: set[str]) -> int:
@@ -198,10 +209,10 @@ def _check_factors(name: str, flat: Mapping[str, Any], ranks_by_path: Mapping[st
         for size in (rows, max(layer_ranks.values())):
             if reason := number_formats.unsupported_reason(s, size):
                 raise UserError(f"lora.factors={name} for the adapter of '{path}': {reason}")
-        if s.own:
+        if s.custom:
             rank, (rows, columns) = max(layer_ranks.values()), _matrix(flat[path].shape[-2:])
             for shape in ((rows, rank), (rank, columns)):
-                s.own.check(shape, IN)
+                s.custom.check(shape, IN)
 
 
 def _layer(weight: Any, index: int) -> Any:

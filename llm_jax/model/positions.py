@@ -1,7 +1,7 @@
 """Position schemes. `model.position.kind` selects one, or a custom subclass of `Position` (`extensions`).
 
 A scheme is a frozen dataclass with hooks, each of which is the identity by default. Positions are int32 (B, T) and
-start at 0 in every document. Phases are computed in float32, whatever the compute dtype is.
+start at 0 in every document. Phases are computed in float32 for every compute dtype.
 """
 
 import abc
@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax import extensions, weights
 from llm_jax.errors import UserError
-from llm_jax.model import distances, own_position, rope
+from llm_jax.model import custom_position, distances, rope
 from llm_jax.schema import ModelConfig, choice
 
 # Letters of shapes: B batch, T queries, S keys, D width, N heads, H head width, R distances.
@@ -324,7 +324,7 @@ def _custom(extension: extensions.Extension, config: ModelConfig) -> Position:
     """Creates a custom scheme and checks its hooks."""
     scheme: Position = extension.call(extension.bind(extension.subclass_of(Position)), config)
     extension.call(scheme.check)
-    own_position.check(extension, scheme, head_dim(config))
+    custom_position.check(extension, scheme, head_dim(config))
     return scheme
 
 

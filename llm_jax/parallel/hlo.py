@@ -363,7 +363,7 @@ def cycles(module: HloModule) -> int:
 
 def largest(module: HloModule, count: int) -> list[tuple[int, str, str]]:
     """The largest arrays that instructions produce, (bytes, shape, name of the operation in the source), by shape."""
-    found: dict[str, tuple[int, str, str]] = {}
+    by_shape: dict[str, tuple[int, str, str]] = {}
     fused = {c for ins in module.computations.values() for i in ins if i.opcode == "fusion" for c in i.callees}
     for computation, instruction, _ in module.executed():
         if computation in fused or instruction.opcode in ("tuple", "get-tuple-element", "while", "bitcast"):
@@ -371,5 +371,5 @@ def largest(module: HloModule, count: int) -> list[tuple[int, str, str]]:
         for dtype, sizes in dimensions(instruction.shape):
             shape = f"{dtype}[{','.join(map(str, sizes))}]"
             source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            found.setdefault(shape, (num_bytes(shape), shape, source[1] if source else instruction.opcode))
-    return sorted(found.values(), reverse=True)[:count]
+            by_shape.setdefault(shape, (num_bytes(shape), shape, source[1] if source else instruction.opcode))
+    return sorted(by_shape.values(), reverse=True)[:count]

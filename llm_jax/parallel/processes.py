@@ -27,7 +27,7 @@ _TIMEOUT = 300.0  # seconds in which all processes must have started
 _STEPS_AHEAD = 3  # see `StopAgreement`
 _DAY = 24 * 3600
 _calls = itertools.count()  # counter for the keys of messages; equal in all processes
-_meeting: rendezvous.Connections | None = None
+_connections: rendezvous.Connections | None = None
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def connected(
     Raises:
       UserError: flags that contradict each other, or processes that are missing after `timeout`.
     """
-    global _meeting
+    global _connections
     explicit = (coordinator_address, num_processes, process_id) != ("", 0, -1)
     connection = _explicit(coordinator_address, num_processes, process_id) if explicit else _detected(timeout)
     if connection is None:
@@ -66,7 +66,7 @@ def connected(
 
     address, count, index, local_devices = connection
     bind = coordinator_bind_address or (address if explicit else f":{address.rpartition(':')[2]}")
-    meeting = rendezvous.connect(address, bind, count, index, timeout)
+    connections = rendezvous.connect(address, bind, count, index, timeout)
     try:
         jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by `cli.signals`
         jax.distributed.initialize(
@@ -81,28 +81,28 @@ def connected(
             coordinator_bind_address=bind if bind.rpartition(":")[0] else f"[::]{bind}",
         )
         jax.devices()  # exchanges the topology, which all processes must do together
-        _meeting = meeting
+        _connections = connections
         yield
-        meeting.finish()
+        connections.finish()
         jax.distributed.shutdown()
     except BaseException as error:
-        _report(meeting, error)
+        _report(connections, error)
         raise
     finally:
-        _meeting = None
+        _connections = None
 
 
-def _report(meeting: rendezvous.Connections, error: BaseException) -> None:
+def _report(connections: rendezvous.Connections, error: BaseException) -> None:
     """Reports an error of this process to the other processes."""
     if isinstance(error, UserError):
-        meeting.fail(str(error), 2)
+        connections.fail(str(error), 2)
     elif isinstance(error, KeyboardInterrupt):
-        meeting.fail("interrupted", 130)
+        connections.fail("interrupted", 130)
     elif isinstance(error, Exception):
-        # A collective fails when another process is lost: if so, `meeting` ends this process with a better message.
+        # A collective fails when another process is lost: if so, `connections` ends this process with a better message.
         time.sleep(3.0)
         first = next(iter(str(error).splitlines()), "")
-        meeting.fail(f"{type(error).__name__}: {first}", 1)
+        connections.fail(f"{type(error).__name__}: {first}", 1)
 
 
 def _explicit(address: str, count: int, index: int) -> tuple[str, int, int, None] | None:

@@ -6,9 +6,9 @@ kernel mean that its machine is lost. Process 0 informs the others, and every pr
 lost process. The messages are lines of JSON and do not use JAX. The kernel sends the probes, because a Python thread
 may be blocked for minutes, for example while a tokenizer is trained.
 
-    meeting = rendezvous.connect(address, bind, count=4, index=0, seconds=300)
-    meeting.fail("the disk is full", 2)      # the other processes end with this message and code
-    meeting.finish()                         # waits for all processes, which may then end in any order
+    connections = rendezvous.connect(address, bind, count=4, index=0, seconds=300)
+    connections.fail("the disk is full", 2)      # the other processes end with this message and code
+    connections.finish()                         # waits for all processes, which may then end in any order
 """
 
 import contextlib

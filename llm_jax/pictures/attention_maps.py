@@ -66,7 +66,7 @@ class AttentionMaps(Drawable):
             title = f"layer {layer}, head {self.heads[0]}" if single_head else f"layer {layer}"
             names = ("",) if single_head else columns
             panels.append(Heatmaps(title, names, p_NTS, self.tokens, self.tokens, "probability", 0.0, 1.0))
-        note = "A row is a token that attends, a column a token that is attended to; each row sums to 1."
+        note = "Rows are query tokens, columns are key tokens; each row sums to 1."
         return Picture("Attention", tuple(panels), note)
 
 

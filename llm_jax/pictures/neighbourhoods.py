@@ -20,7 +20,7 @@ from llm_jax.tokenizers import Tokenizer
 # Letters of shapes: L layers and the embeddings below them, W words, D width, K neighbours.
 
 _WORD = re.compile(r"\w+")
-_CONTEXT = 2  # words on each side of a word, by which its occurrences are told apart
+_CONTEXT = 2  # words on each side of a word that distinguish its occurrences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,10 @@ def _in_texts(
     vectors: list[np.ndarray] = []
     query = -1
     for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        for spot, (label, tokens) in enumerate(words_of(tokenizer, text, row)):
+        for index, (label, tokens) in enumerate(words_of(tokenizer, text, row)):
             if query < 0 and label.casefold() == word.casefold():
                 query = len(labels)
-            labels.append(_in_context(text, spot))
+            labels.append(_in_context(text, index))
             vectors.append(hidden[:, i, tokens].mean(1))
     if query < 0:
         raise UserError(f"word={word!r} does not occur in the texts")
@@ -151,8 +151,8 @@ def words_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[tuple[
     return words
 
 
-def _in_context(text: str, spot: int) -> str:
+def _in_context(text: str, index: int) -> str:
     """The word of this index within its neighbours, such as "the [bank] of the"."""
     words = _WORD.findall(text)
-    before, after = words[max(0, spot - _CONTEXT) : spot], words[spot + 1 : spot + 1 + _CONTEXT]
-    return " ".join([*before, f"[{words[spot]}]", *after])
+    before, after = words[max(0, index - _CONTEXT) : index], words[index + 1 : index + 1 + _CONTEXT]
+    return " ".join([*before, f"[{words[index]}]", *after])

@@ -62,7 +62,7 @@ class PositionCurves(Drawable):
                 values = c.values[:, columns][None]
                 title = f"{c.measure}, by distance"
                 panels.append(Heatmaps(title, ("",), values, c.labels, names, "", -limit, limit, diverging=True))
-        note = "The distance is the position of the query minus that of the key."
+        note = "The distance is the position of the query minus the position of the key."
         return Picture(f"Positions: {self.kind}", tuple(panels), note)
 
 

@@ -32,31 +32,31 @@ class SamplingSteps(Drawable):
     labels: tuple[tuple[str, ...], ...]
 
     @property
-    def drawn(self) -> tuple[str, ...]:
-        """The labels of the tokens that were drawn."""
+    def sampled(self) -> tuple[str, ...]:
+        """The labels of the sampled tokens."""
         pairs = zip(self.steps, self.labels, strict=True)
         return tuple(labels[step.candidates.index(step.chosen)] for step, labels in pairs)
 
     def picture(self) -> Picture:
         bits = np.array([-np.log2(step.model[step.candidates.index(step.chosen)]) for step in self.steps])
         values = np.concatenate([np.full(len(self.prompt), np.nan), bits])
-        panels: list[Panel] = [Passage("the continuation", (*self.prompt, *self.drawn), values, "bits", 16.0)]
-        for number, (step, labels, drawn) in enumerate(zip(self.steps, self.labels, self.drawn, strict=True), 1):
+        panels: list[Panel] = [Passage("the continuation", (*self.prompt, *self.sampled), values, "bits", 16.0)]
+        for number, (step, labels, sampled) in enumerate(zip(self.steps, self.labels, self.sampled, strict=True), 1):
             removed = ", ".join(
                 f"{e.filter} removed {e.tokens:,} of probability {e.mass:.3f}" for e in step.effects if e.tokens
             )
             rows: tuple[tuple[str | float, ...], ...] = tuple(
                 (
-                    repr(label) + (" (drawn)" if index == step.chosen else ""),
+                    repr(label) + (" (sampled)" if index == step.chosen else ""),
                     *(float(probabilities[k]) for probabilities in step.stages),
                     f"removed by {step.removed_by[k]}" if step.removed_by[k] else "",
                 )
                 for k, (index, label) in enumerate(zip(step.candidates, labels, strict=True))
             )
             columns = ("token", "model", *(f"after {effect.filter}" for effect in step.effects), "")
-            panels.append(Table(f"step {number}: {drawn!r}{removed and '; '}{removed}", columns, rows))
-        note = "The columns are probabilities: of the model, then after each filter of the sampler in its order."
-        return Picture("What the sampler left", tuple(panels), note)
+            panels.append(Table(f"step {number}: {sampled!r}{removed and '; '}{removed}", columns, rows))
+        note = "The columns are probabilities: of the model, then after each filter, in the order of the sampler."
+        return Picture("Sampling step by step", tuple(panels), note)
 
 
 def probabilities(

@@ -36,7 +36,7 @@ class Surprisals(Drawable):
     def picture(self) -> Picture:
         total = float(np.nansum(self.bits))
         count = int(np.isfinite(self.bits).sum())
-        title = f"{total:.1f} bits in {count} tokens: {total / count:.2f} a token, {total / self.num_bytes:.2f} a byte"
+        title = f"{total:.1f} bits: {total / count:.2f} per token, {total / self.num_bytes:.2f} per byte"
         order = [int(i) for i in np.argsort(-np.nan_to_num(self.bits, nan=-1.0), kind="stable")[:_MOST]]
         rows = tuple(
             (float(self.bits[i]), repr(self.tokens[i]), "".join(self.tokens[max(0, i - 8) : i]))
@@ -45,9 +45,9 @@ class Surprisals(Drawable):
         )
         panels = (
             Passage(title, self.tokens, self.bits, "bits", _HIGH),
-            Table("the most surprising tokens", ("bits", "token", "after"), rows),
+            Table("tokens with the largest surprisal", ("bits", "token", "after"), rows),
         )
-        return Picture("Surprise of each token", panels, "The surprise is -log2 of the token's probability.")
+        return Picture("Surprisal of each token", panels, "The surprisal is -log2 p(token | preceding tokens).")
 
 
 def surprisal(model: Transformer, params: Any, tokenizer: Tokenizer, text: str, eos: bool = False) -> Surprisals:

@@ -90,7 +90,7 @@ def rows(config: Config, first: int = 0, count: int = 2, held_out: bool = False)
         padding = int((row["segments"] == 0).sum())
         titles.append(
             f"row {index}: {config.train.seq_len - padding} inputs in {len(segments)} "
-            f"segment{'s' * (len(segments) != 1)}, {int(row['mask'].sum())} targets count, {padding} of padding"
+            f"segment{'s' * (len(segments) != 1)}, {int(row['mask'].sum())} counted targets, {padding} padding tokens"
         )
         segments_of_rows.append(segments)
         inputs = np.bincount(row["segments"], minlength=len(segments) + 1)[1:]

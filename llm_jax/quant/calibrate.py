@@ -26,7 +26,7 @@ from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.layer_stack import Layer
 from llm_jax.model.stages import layer_kinds
 from llm_jax.model.transformer import Transformer
-from llm_jax.quant import methods, partial
+from llm_jax.quant import finished_layers, methods
 from llm_jax.quant.post_training import WeightSummary, axis
 from llm_jax.schema import Config, ModelConfig
 from llm_jax.tokenizers import Tokenizer
@@ -128,14 +128,14 @@ def quantize_layers(
     for name, kind in tqdm(zip(names, kinds, strict=True), "quantizing", len(kinds), unit="layer", disable=None):
         directory = finished / name.replace("/", "-")
         if directory.exists():
-            tree, records = partial.read(directory)
+            tree, records = finished_layers.read(directory)
             layer = trees.flatten(tree)
             layer_summaries = [WeightSummary(**{**record, "shape": tuple(record["shape"])}) for record in records]
         else:
             arguments = (model.config, kind, name, by_layer.pop(name), planned, batches, options)
             layer, layer_summaries = _quantize_layer(*arguments)
             records = [dataclasses.asdict(summary) for summary in layer_summaries]
-            partial.write(directory, trees.unflatten(layer), records)
+            finished_layers.write(directory, trees.unflatten(layer), records)
         params |= layer
         summaries += layer_summaries
         layer_params = trees.unflatten({path.removeprefix(f"{name}/"): w for path, w in layer.items()})
@@ -177,7 +177,7 @@ def _quantize_weight(
     if not scheme:
         return w, WeightSummary(path, "", tuple(w.shape), quantized.bits_per_weight(w), weights.num_bytes(w), 0.0)
     method = options.method if inputs is not None or not methods.METHODS[options.method][1] else "mse"
-    method = "absmax" if number_formats.scheme(scheme).own else method
+    method = "absmax" if number_formats.scheme(scheme).custom else method
     q = _quantize(w.astype(jnp.float32), inputs, method, scheme, axis(path), options.act_order)
     error, output = jax.device_get(_errors(w, q, inputs))
     output_error = None if inputs is None else float(output)

@@ -81,9 +81,9 @@ def objective(w: jax.Array, q: QTensor, inputs: InputStatistics) -> jax.Array:
 def absmax(w: jax.Array, scheme: str, axis: int, inputs: InputStatistics | None, act_order: bool) -> Any:
     """Absmax scales: the largest magnitude of every group is represented by the largest code.
 
-    A number format of the user's own encodes the weight instead, and has no other method.
+    A custom number format encodes the weight instead, and has no other method.
     """
-    if number_formats.scheme(scheme).own:
+    if number_formats.scheme(scheme).custom:
         return quantized.quantize(w, scheme, axis)
     return quantized.to_qtensor(w, scheme, axis, input_scale=_input_scale(scheme, inputs))
 

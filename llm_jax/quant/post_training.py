@@ -32,7 +32,7 @@ def rules(scheme: str, head: str, first: Rules = ()) -> Rules:
 
 
 def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
-    """The scheme of every weight, "" for weights that stay dense: {path: scheme}; with hashes, see `own_format`.
+    """The scheme of every weight, "" for weights that stay dense: {path: scheme}; with hashes, see `custom_format`.
 
     Args:
       params: in any layout; may be abstract.
@@ -40,7 +40,7 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
 
     Raises:
       UserError: a rule matches nothing or names an unknown scheme, a group does not divide the inputs of a weight, a
-        format of the user's own returns wrong shapes, or a weight is not a matrix or is quantized already.
+        custom format returns wrong shapes, or a weight is not a matrix or is quantized already.
     """
     matched = trees.match(chosen, params, source)
     for text in {text for name in matched.values() for text in extensions.specifications(name)}:
@@ -63,9 +63,9 @@ def plan(params: Any, chosen: Rules, source: str) -> dict[str, str]:
             )
         if reason := number_formats.unsupported_reason(s, weight.shape[axis(path)]):
             raise UserError(f"{source}: {name} for '{path}': {reason}")
-        if s.own:
-            s.own.check(tuple(weight.shape[-2:]), axis(path))
-            matched[path] = s.own.specification
+        if s.custom:
+            s.custom.check(tuple(weight.shape[-2:]), axis(path))
+            matched[path] = s.custom.specification
     return matched
 
 
@@ -137,7 +137,7 @@ def check_finite(params: Any, source: str) -> None:
 def unsupported_reason(name: str) -> str:
     """The reason why the default backend cannot run a scheme, or "". Compiles and runs a small product."""
     s = number_formats.scheme(name)
-    if s.own:  # operations of XLA, for the shapes that it has been checked with
+    if s.custom:  # operations of XLA, for the shapes that it has been checked with
         return ""
     size = max(s.group, 32)
     input_scale = jnp.float32(1) if s.activations == "static" else None
@@ -147,7 +147,7 @@ def unsupported_reason(name: str) -> str:
 
     try:
         jax.block_until_ready(jax.jit(product)(jnp.ones((size, 32)), jnp.ones((2, size))))
-    except Exception as error:  # whatever the backend's compiler raises
+    except Exception as error:  # a backend's compiler may raise any exception
         return f"{jax.default_backend()} cannot run {name} ({str(error).splitlines()[0][:120]})"
     return ""
 

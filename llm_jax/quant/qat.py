@@ -40,7 +40,7 @@ def prepare(params: Any, config: QuantConfig) -> Any:
             raise UserError(f"{source}: {name} for '{path}': its activations need calibration; choose w8a8")
         step = None
         if config.qat.learned_step:
-            if s.own or s.offset or not number_formats.FORMATS[s.format].integers:
+            if s.custom or s.offset or not number_formats.FORMATS[s.format].integers:
                 raise UserError(f"{source}: {name} for '{path}' has no step to learn; choose int8, int4, int2 or w8a8")
             step, _ = methods.clip(w, s, axis(path), signed=False)
         return FakeQuant(w, step, None, None, name, axis(path))

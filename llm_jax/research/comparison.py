@@ -15,7 +15,7 @@ _CELL_LENGTH = 44  # of a name or a value of an option
 def text(runs: Sequence[RunRecord], samples: bool = True) -> str:
     """Returns the differing options, results with intervals, paired differences and last samples as text."""
     groups = runs_lib.group(runs)
-    figure = runs_lib.main_figure(runs)
+    metric = runs_lib.main_metric(runs)
     head = f"{runs_lib.count(len(runs), 'run')} in {runs_lib.count(len(groups), 'group')}"
     blocks = [[f"{head}; runs of a group differ only in the seed"]]
     if groups[0].options:
@@ -23,18 +23,18 @@ def text(runs: Sequence[RunRecord], samples: bool = True) -> str:
     blocks.append(
         _columns(
             [
-                ["", "group", runs_lib.SEED, runs_lib.FIGURES[figure], "best", "difference to (1)", *_MEASURES],
-                *_figures(groups, figure),
+                ["", "group", runs_lib.SEED, runs_lib.METRICS[metric], "best", "difference to (1)", *_MEASURES],
+                *_rows(groups, metric),
             ]
         )
     )
-    reasons = {reason for group in groups if (reason := runs_lib.not_comparable(group, groups[0], figure))}
+    reasons = {reason for group in groups if (reason := runs_lib.not_comparable(group, groups[0], metric))}
     blocks += [[f"note: {_REASONS[reason]}"] for reason in sorted(reasons)]
     if repetitions := runs_lib.repetitions(runs):
         blocks.append([f"note: {repetitions}"])
-    if figure != runs_lib.BITS:
+    if metric != runs_lib.BITS:
         blocks.append(["note: no run has bits per byte; losses of different tokenizers cannot be compared"])
-    if unfinished := [_unfinished(run, figure) for run in runs if not run.is_finished]:
+    if unfinished := [_unfinished(run, metric) for run in runs if not run.is_finished]:
         blocks.append([*unfinished, "unfinished runs are excluded from means, intervals and differences"])
     if samples:
         for number, group in enumerate(groups, 1):
@@ -61,7 +61,7 @@ _MEASURES = {
 }
 
 
-def figures(group: Group) -> dict[str, str]:
+def costs(group: Group) -> dict[str, str]:
     """The mean speed, memory, size and time of the runs of a group, as text."""
     result = {}
     for label, (name, form, unit) in _MEASURES.items():
@@ -72,12 +72,12 @@ def figures(group: Group) -> dict[str, str]:
     return result
 
 
-def best_text(group: Group, figure: str) -> str:
+def best_text(group: Group, metric: str) -> str:
     """The best value of a group, with its number of rows if the final values are over another number."""
-    best = group.best(figure)
+    best = group.best(metric)
     if best is None:
         return ""
-    rows = example_counts.text(figure, best.examples) if best.examples != group.examples(figure) else ""
+    rows = example_counts.text(metric, best.examples) if best.examples != group.examples(metric) else ""
     return f"{best.value:.4f}{rows and f' ({rows})'}"
 
 
@@ -90,11 +90,11 @@ def interval_text(interval: Interval | None, digits: int = 4, sign: bool = False
     return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
 
 
-def _unfinished(run: RunRecord, figure: str) -> str:
+def _unfinished(run: RunRecord, metric: str) -> str:
     latest = ""
-    for point in run.measurements(figure)[-1:]:
-        rows = example_counts.text(figure, point.examples)
-        latest = f"; {runs_lib.FIGURES[figure]} {point.value:.4f}{rows and f' ({rows})'} at step {point.step}"
+    for point in run.measurements(metric)[-1:]:
+        rows = example_counts.text(metric, point.examples)
+        latest = f"; {runs_lib.METRICS[metric]} {point.value:.4f}{rows and f' ({rows})'} at step {point.step}"
     return f"not finished: {run.name}, step {run.step} of {run.config['train.steps']}{latest}"
 
 
@@ -115,23 +115,23 @@ def _without_middle(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
-def _figures(groups: Sequence[Group], figure: str) -> list[list[str]]:
+def _rows(groups: Sequence[Group], metric: str) -> list[list[str]]:
     rows = []
     labels = shortened([group.label for group in groups])
     for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1):
         seeds = ",".join(str(run.seed) for run in group.runs)
         seeds += f" ({group.unfinished} unfinished)" * bool(group.unfinished)
-        compared = runs_lib.difference(group, groups[0], figure) if number > 1 else None
-        reason = runs_lib.not_comparable(group, groups[0], figure)
+        compared = runs_lib.difference(group, groups[0], metric) if number > 1 else None
+        reason = runs_lib.not_comparable(group, groups[0], metric)
         rows.append(
             [
                 f"({number})",
                 label,
                 seeds,
-                interval_text(group.mean(figure)),
-                best_text(group, figure),
+                interval_text(group.mean(metric)),
+                best_text(group, metric),
                 interval_text(compared[0], sign=True) if compared else reason,
-                *figures(group).values(),
+                *costs(group).values(),
             ]
         )
     return rows

@@ -48,7 +48,7 @@ const wrapped = (value) => (String(value).length > 16 ? "wrapped" : "together");
 
 const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
 
-// Whether the figures of group i are of the held-out text (and, for losses, the tokens) of the chosen group.
+// Whether the metrics of group i are of the held-out text (and, for losses, the tokens) of the chosen group.
 const comparable = (i) => data.groups[i].scale === data.groups[Number(byId("baseline").value)].scale;
 
 // The mean difference of group i to the chosen one with its interval, paired by seed; without a common seed, the
@@ -87,7 +87,7 @@ function columns() {
   return [
     ...(options.length ? options : [label]),
     { title: "seeds", key: (g) => g.seeds.length, text: seedsText, number: true },
-    { title: data.figure.label, key: (g) => g.result?.estimate, text: (g) => interval(g.result), number: true },
+    { title: data.main_metric.label, key: (g) => g.result?.estimate, text: (g) => interval(g.result), number: true },
     {
       title: "difference", key: (g, i) => difference(i)?.estimate, number: true,
       text: (g, i) => (comparable(i) ? interval(difference(i), true) : "other text or tokens"),
@@ -248,7 +248,7 @@ function drawParallel() {
   }
   const axes = [
     ...data.options.map((key) => ({ title: key, value: (g) => g.options[key] })),
-    { title: data.figure.label, value: (g) => g.result.estimate },
+    { title: data.main_metric.label, value: (g) => g.result.estimate },
   ];
   const [height, top, margin] = [320, 40, 170];
   const gap = Math.max(110, Math.min(240, (byId("parallel").clientWidth - margin) / (axes.length - 1)));

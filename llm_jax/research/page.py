@@ -68,19 +68,19 @@ def render(runs: Sequence[RunRecord], title: str, sections: str = "") -> str:
 def data(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """The data of the page, as JSON values."""
     groups = runs_lib.group(runs)
-    figure = runs_lib.main_figure(runs)
+    metric = runs_lib.main_metric(runs)
     varied = list(groups[0].options)
     scales = [
-        next(i for i, g in enumerate(groups) if not runs_lib.not_comparable(group, g, figure)) for group in groups
+        next(i for i, g in enumerate(groups) if not runs_lib.not_comparable(group, g, metric)) for group in groups
     ]
     first = groups[0].runs[0].config
     return {
         "date": datetime.date.today().isoformat(),
-        "figure": {"name": figure, "label": runs_lib.FIGURES[figure]},
-        "metrics": _metrics(runs, figure),
+        "main_metric": {"name": metric, "label": runs_lib.METRICS[metric]},
+        "metrics": _metrics(runs, metric),
         "options": varied,
         "note": runs_lib.repetitions(runs),
-        "groups": [_group(group, figure) | {"scale": scale} for group, scale in zip(groups, scales, strict=True)],
+        "groups": [_group(group, metric) | {"scale": scale} for group, scale in zip(groups, scales, strict=True)],
         "quantiles": _quantiles(max(len(group.runs) for group in groups)),
         "common": {key: str(value) for key, value in first.items() if key not in varied and key != runs_lib.SEED},
     }
@@ -119,8 +119,8 @@ def final_point(group: Group, name: str) -> dict[str, Any] | None:
     return {"step": points[0].step, "mean": mean, "low": min(values), "high": max(values), "examples": examples}
 
 
-def _metrics(runs: Sequence[RunRecord], figure: str) -> list[str]:
-    """The names of the figures that can be drawn: the held-out ones and the loss first."""
+def _metrics(runs: Sequence[RunRecord], metric: str) -> list[str]:
+    """The names of the metrics that can be drawn: the held-out ones and the loss first."""
     names = {
         name
         for run in runs
@@ -128,17 +128,17 @@ def _metrics(runs: Sequence[RunRecord], figure: str) -> list[str]:
         for name, value in line.items()
         if isinstance(value, float) and name not in _NOT_DRAWN
     }
-    first = [name for name in (figure, "loss", "validation_loss") if name in names]
+    first = [name for name in (metric, "loss", "validation_loss") if name in names]
     return [*first, *sorted(names - set(first))]
 
 
-def _group(group: Group, figure: str) -> dict[str, Any]:
-    mean = group.mean(figure)
-    best = group.best(figure)
+def _group(group: Group, metric: str) -> dict[str, Any]:
+    mean = group.mean(metric)
+    best = group.best(metric)
     memory = group.mean("peak_device_bytes") or group.mean("peak_host_bytes")
     measures = ("seconds", "tokens_per_second", "parameters", "trained_parameters")
     seconds, rate, parameters, trainable = (group.mean(name) for name in measures)
-    names = _metrics(group.runs, figure)
+    names = _metrics(group.runs, metric)
     curves = {name: curve(group, name) for name in names}
     final_points = {name: final_point(group, name) for name in names}
     return {
@@ -146,12 +146,12 @@ def _group(group: Group, figure: str) -> dict[str, Any]:
         "options": {key: v if isinstance(v, int | float | str) else str(v) for key, v in group.options.items()},
         "seeds": [run.seed for run in group.runs],
         "result": _interval(mean),
-        "values": group.values(figure),  # by seed: the page computes the differences to the chosen group
+        "values": group.values(metric),  # by seed: the page computes the differences to the chosen group
         "best": best
         and {
             "value": best.value,
-            "examples": example_counts.text(figure, best.examples),
-            "is_of_other_examples": best.examples != group.examples(figure),
+            "examples": example_counts.text(metric, best.examples),
+            "is_of_other_examples": best.examples != group.examples(metric),
         },
         "tokens_per_second": rate and rate.estimate,
         "memory": memory and memory.estimate / 2**20,

@@ -57,11 +57,11 @@ def draw(runs: Sequence[RunRecord], directory: pathlib.Path, stem: str) -> list[
 
     Final evaluations over other rows than the periodic ones are diamonds beside the curves.
     """
-    groups, main = runs_lib.group(runs), runs_lib.main_figure(runs)
+    groups, main = runs_lib.group(runs), runs_lib.main_metric(runs)
     names = comparison.shortened([group.label for group in groups])
     names = [render_png.plain("\n".join(textwrap.wrap(name, _LINE))) for name in names]
     groups = [dataclasses.replace(group, label=name) for group, name in zip(groups, names, strict=True)]
-    label = runs_lib.FIGURES[main]
+    label = runs_lib.METRICS[main]
     paths = []
     curves = {name: [page.curve(group, name) for group in groups] for name in ("loss", main)}
     ends = {name: [page.final_point(group, name) for group in groups] for name in ("loss", main)}

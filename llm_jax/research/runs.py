@@ -17,7 +17,7 @@ from llm_jax.research import grid
 
 SEED = "train.seed"
 BITS = "validation_bits_per_byte"
-FIGURES = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
+METRICS = {BITS: "bits per byte", "validation_loss": "held-out loss", "loss": "training loss"}
 # Options that do not change results: what is written or printed, where and how often. eval.rows, eval.final_rows and
 # eval.task_examples are not included, because they select the examples on which metrics are measured.
 OPTIONS_WITHOUT_EFFECT_ON_RESULTS = (
@@ -57,7 +57,7 @@ class RunRecord:
       path: the directory.
       config: the configuration by dotted key.
       metrics: the lines of metrics.jsonl, one per step, with step, loss, ...
-      summary: the figures of summary.json; {} for a run that has not ended.
+      summary: the metrics of summary.json; {} for a run that has not ended.
       samples: the lines of samples.jsonl, with step and text; only the last line of every step.
     """
 
@@ -371,9 +371,9 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def main_figure(runs: Sequence[RunRecord]) -> str:
-    """The metric by which runs are compared: the first metric of `FIGURES` that any run has."""
-    measured = (name for name in FIGURES if any(run.final(name) is not None for run in runs))
+def main_metric(runs: Sequence[RunRecord]) -> str:
+    """The metric by which runs are compared: the first metric of `METRICS` that any run has."""
+    measured = (name for name in METRICS if any(run.final(name) is not None for run in runs))
     return next(measured, BITS)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration option, and answers to names that other codebases use for options, values and attributes."""
+"""Every configuration option, and the names that other codebases use for options, values and attributes."""
 
 from llm_jax.schema.config import (
     CHECKPOINT_DTYPES,

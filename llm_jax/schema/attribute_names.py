@@ -1,8 +1,8 @@
-"""Attributes of other libraries, and what does the same here. This module imports nothing of the package."""
+"""Attributes of other libraries and their equivalents here. This module imports nothing of the package."""
 
 from collections.abc import Mapping
 
-# Attributes that modules, models and tokenizers of other codebases have, and what does the same here.
+# {attribute of modules, models and tokenizers of other codebases: its equivalent here}.
 ATTRIBUTES = {
     "apply_chat_template": "llm_jax.apply_chat_template(tokenizer, messages)",
     "attentions": "llm_jax.model.capture.capture(model, params, tokens).attentions",
@@ -65,7 +65,7 @@ ATTRIBUTES = {
     "TrainingArguments": "llm_jax.config",
 }
 
-# Attributes of models alone: those of torch.nn.Module, and of nanoGPT.
+# {attribute of models only (torch.nn.Module, nanoGPT): its equivalent here}.
 _SAME_ALWAYS = "not needed: no layer depends on whether the model trains"
 _PLACED = "jax.device_put(params, device): the model has no weights"
 _CAST = "llm_jax.load(name, dtype=...), or the option model.precision.compute: the model has no weights"
@@ -84,7 +84,7 @@ MODEL_ATTRIBUTES = ATTRIBUTES | {
     "zero_grad": "not needed: jax.grad returns new gradients",
 }
 
-# Keyword arguments of the forward pass of other codebases, and what does the same here.
+# {keyword argument of the forward pass of other codebases: its equivalent here}.
 FORWARD_KEYWORDS = {
     "attention_mask": "metadata=TokenMetadata(positions, segments) of llm_jax.model.attention; segment 0 is padding",
     "idx": "the tokens come after the parameters, without a name",
@@ -103,6 +103,6 @@ FORWARD_KEYWORDS = {
 
 
 def attribute_error(owner: str, name: str, table: Mapping[str, str] = ATTRIBUTES) -> AttributeError:
-    """The error for an attribute that `owner` lacks, with what does the same if another codebase has it."""
+    """The error for an attribute that `owner` lacks, with the equivalent of an attribute of another codebase."""
     cure = f"; here it is {table[name]}" if name in table else ""
     return AttributeError(f"{owner} has no attribute '{name}'{cure}")

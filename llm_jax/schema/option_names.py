@@ -9,7 +9,7 @@ from typing import Any
 from llm_jax.schema.config import Config
 from llm_jax.schema.unsupported_names import explanation
 
-# Options that have been renamed: an old checkpoint is read under the new name, an old override is answered with it.
+# {old name of a renamed option: new name}. Old checkpoints are converted; the error for an old override names the new.
 RENAMED = {
     "loss.masked_share": "loss.mask_prob",
     "model.attention": "model.attention_kernel",
@@ -291,7 +291,7 @@ def nearest(key: str, cls: Any = Config) -> str:
 
 
 def resolve(key: str, cls: Any = Config) -> str:
-    """The option that a name without its section, or a name of other codebases, stands for; "" if there is none."""
+    """The option that a name without its section, or a name of another codebase, refers to; "" if there is none."""
     options = list(keys(cls))
     name = _last(key)
     ends = [option for option in options if option.endswith(f".{key}")]  # the section is missing

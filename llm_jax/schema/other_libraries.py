@@ -1,4 +1,4 @@
-"""Answers to keyword arguments of other libraries, with the names that they have here."""
+"""Errors for keyword arguments of other libraries, with their names here."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ _KEYWORDS = {"checkpoint": "name"}
 
 
 def explain_unknown_keywords(target: F, within: Callable[[str], str] = lambda name: "") -> F:
-    """Decorates a function or a dataclass: an unknown keyword argument is answered with the name that it has here.
+    """Decorates a function or a dataclass: the error for an unknown keyword argument suggests its name here.
 
     It raises UserError, with a hint of `option_names.OTHER_FLAGS` or `unsupported_names`, or the nearest name.
 

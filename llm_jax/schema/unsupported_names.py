@@ -1,21 +1,21 @@
 """Names of options and flags of other codebases without a counterpart here. It imports nothing of the package."""
 
-# Names that other codebases use for options and flags that do not exist here, and what holds or is done instead.
-# A name that ends with an underscore stands for all names that begin with it.
+# {option or flag of other codebases that does not exist here: the reason or the alternative}.
+# A name that ends with an underscore is a prefix of names.
 EXPLAINED: dict[str, str] = {
     "always_save_checkpoint": "checkpoint.every, checkpoint.keep_last and checkpoint.keep_best decide what is kept",
     "assistant_tokenizer": "a draft model has the tokenizer of the model",
-    "attention_dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "attention_dropout": "the model has no dropout; lora.dropout applies to adapters",
     "backend": "devices of one machine need no backend; --coordinator_address connects several processes",
     "cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
     "compile": "every step is compiled",
     "device": "JAX takes an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
     "device_map": "the model is placed on the default device; JAX_PLATFORMS=cpu, cuda or tpu chooses it",
-    "dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "dropout": "the model has no dropout; lora.dropout applies to adapters",
     "eval_only": "python -m llm_jax.evaluate --checkpoint=WORKDIR evaluates a run",
     "generation_config": "give its options by themselves; generate and chat read generation_config.json",
     "group_by_length": "examples are always packed into rows of train.seq_len tokens",
-    "hidden_dropout": "the model has no dropout; lora.dropout is that of adapters",
+    "hidden_dropout": "the model has no dropout; lora.dropout applies to adapters",
     "log_interval": "metrics.jsonl in the workdir has a line for every step",
     "logging_dir": "metrics.jsonl and the files of report.to are written into --workdir",
     "load_in_4bit": "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
@@ -59,7 +59,7 @@ EXPLAINED: dict[str, str] = {
     "eval_packing": "documents and examples are always packed into rows, and attention does not cross them",
     "local_files_only": "the environment variable HF_HUB_OFFLINE=1 keeps the hub out",
     "lora.bias": "adapters train no biases",
-    "lora.task_type": "the task is that of the model",
+    "lora.task_type": "the model determines the task",
     "max_length": (
         "train.seq_len is the number of tokens of a row, model.position.max_length the number of positions of the model"
     ),
@@ -102,13 +102,13 @@ EXPLAINED: dict[str, str] = {
     "skip_special_tokens": "decode always omits special tokens; tokenizer.piece(ID) is the text of one",
     "tokenize": "the result is a list of token ids; tokenizer.piece(ID) is the text of one",
     "activation_offloading": "activations stay on the device; model.remat recomputes them",
-    "alpha_pattern": "lora.alpha holds for all weights; lora.ranks sets ranks by weight",
+    "alpha_pattern": "lora.alpha applies to all weights; lora.ranks sets ranks by weight",
     "average_tokens_across_devices": "the loss is the mean over the targets of all devices",
     "bf16_full_eval": "evaluation has the dtypes of model.precision",
     "fp16_full_eval": "evaluation has the dtypes of model.precision",
     "bnb_4bit_use_double_quant": "nf4 always has double quantization: the scales are stored in 8 bits",
     "use_bnb_nested_quant": "nf4 always has double quantization: the scales are stored in 8 bits",
-    "bnb_4bit_quant_storage": "the format of the codes is that of the scheme",
+    "bnb_4bit_quant_storage": "the scheme determines the format of the codes",
     "constraints": "constrained decoding is not supported; --filter adds a filter of your own",
     "force_words_ids": "constrained decoding is not supported; --filter adds a filter of your own",
     "grammar": "constrained decoding is not supported; --filter adds a filter of your own",
@@ -125,8 +125,8 @@ EXPLAINED: dict[str, str] = {
     "dataset_split": "the split of a data set is part of its name: data.source=hf:NAME:SPLIT",
     "dataset_streaming": "the tokens of a data set are cached on disk and memory-mapped",
     "ddp_": "mesh.data is the number of copies of the model; every process runs the same compiled step",
-    "disable_dropout": "the model has no dropout; lora.dropout is that of adapters",
-    "eos_token": "the end-of-text token is that of the tokenizer",
+    "disable_dropout": "the model has no dropout; lora.dropout applies to adapters",
+    "eos_token": "the tokenizer determines the end-of-text token",
     "pad_token": "padding is masked, and needs no token",
     "exclude_modules": "lora.targets lists the weights that are adapted, by regular expressions over their names",
     "full_determinism": "a run is a function of its configuration; on the same mesh it repeats bit for bit",
@@ -141,11 +141,11 @@ EXPLAINED: dict[str, str] = {
     "lora_modules_to_save": (
         "with lora.rank, only adapters are trained; lora.targets may name the embeddings and the head"
     ),
-    "lora_task_type": "the task is that of the model",
-    "task_type": "the task is that of the model",
+    "lora_task_type": "the model determines the task",
+    "task_type": "the model determines the task",
     "lr_scheduler_kwargs": "optim.warmup_steps, optim.final_lr_fraction and the options of optim set the schedule",
-    "max_completion_length": "train.seq_len is the number of tokens of a row, which holds prompt and answer",
-    "max_prompt_length": "train.seq_len is the number of tokens of a row, which holds prompt and answer",
+    "max_completion_length": "train.seq_len is the number of tokens of a row, including prompt and answer",
+    "max_prompt_length": "train.seq_len is the number of tokens of a row, including prompt and answer",
     "max_time": "there is no limit of time; --max_new_tokens limits the tokens",
     "model_revision": (
         "the main branch is taken; for another one, download it (hf download ORG/NAME --revision=X "
@@ -188,7 +188,7 @@ EXPLAINED: dict[str, str] = {
 }
 
 
-# Flags of other commands: (command, flag) -> what holds.
+# {(command, flag of another command): the reason or the alternative}.
 _OF_COMMANDS = {
     ("chat", "batch_size"): "a chat has one conversation",
     ("convert", "scheme"): "python -m llm_jax.quantize --scheme=nf4 writes a quantized checkpoint",
@@ -199,7 +199,7 @@ _OF_COMMANDS = {
 
 
 def explanation(name: str, command: str = "") -> str:
-    """What holds or is done instead of the option or flag `name` of another codebase; "" if that is not known.
+    """The reason or alternative for the option or flag `name` of another codebase; "" for unknown names.
 
     Args:
       command: name of the command that has no flag `name`, which another command may have.

@@ -1,9 +1,9 @@
-"""What other codebases call the values of options and flags, and the value that is nearest to a mistyped one."""
+"""The names of other codebases for the values of options and flags, and the value nearest to a mistyped one."""
 
 import difflib
 from collections.abc import Iterable
 
-# Value elsewhere, in lower case: the values here, of which the first that an option allows is meant.
+# {value of other codebases, in lower case: values here}; the first value that the option allows is suggested.
 OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "4bit": ("nf4", "int4"),
     "8bit": ("int8",),
@@ -85,7 +85,7 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "warmup_stable_decay": ("wsd",),
 }
 
-# Values elsewhere, in lower case, of which another option holds the effect, and how it is set here.
+# {value of other codebases, in lower case: the options that have its effect here}.
 SET_BY_OTHER_OPTIONS = {
     "lora_plus": "lora.variant=lora with lora.b_lr_ratio",
     "loraplus": "lora.variant=lora with lora.b_lr_ratio",

@@ -30,14 +30,14 @@ class CharTokenizer(OtherNames):
         counts: collections.Counter[str] = collections.Counter()
         for text in texts:
             counts.update(text)
-        room = vocab_size - len(SPECIAL)
-        if room < 1 or not counts:
+        capacity = vocab_size - len(SPECIAL)
+        if capacity < 1 or not counts:
             raise UserError(
                 f"a character vocabulary of {vocab_size} ids has no room for the {len(counts)} characters of the text; "
                 f"expected more than {len(SPECIAL)} ids and some text"
             )
         ranked = sorted(counts, key=lambda c: (-counts[c], c))
-        return cls(sorted(ranked[:room]))
+        return cls(sorted(ranked[:capacity]))
 
     def encode(self, text: str) -> list[int]:
         utf8(text)

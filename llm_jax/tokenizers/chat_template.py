@@ -52,7 +52,7 @@ def render(
       special: "chat_template" (Jinja source, or {name: source}) and the special tokens that it names ("bos_token",
         ...). Of several templates "tool_use" is taken where there are tools, else "default", as in transformers.
       messages: {"role": "system", "user" or "assistant", "content": text} each.
-      answer: whether the text ends with the begin of an answer (`add_generation_prompt`).
+      answer: whether the text ends with the beginning of an answer (`add_generation_prompt`).
       tools: descriptions of tools that the model may call.
       documents: documents for retrieval-augmented generation.
 
@@ -74,7 +74,7 @@ def apply_chat_template(
 
     Args:
       messages: {"role": "system", "user" or "assistant", "content": text} each.
-      add_generation_prompt: whether the ids end with the begin of an answer.
+      add_generation_prompt: whether the ids end with the beginning of an answer.
       tools: descriptions of tools that the model may call.
       documents: documents for retrieval-augmented generation.
 
@@ -94,7 +94,7 @@ def apply_chat_template(
 
 
 def plain_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation without a template, and of the begin of an answer.
+    """The ids of a conversation without a template, and of the beginning of an answer.
 
     It has the form of training data without a template: "role: content" and an empty line each; EOS follows answers.
     """
@@ -307,7 +307,7 @@ def _child() -> None:
             text = templates[template](**request["tokens"] | job | {"messages": messages})
         except _RefusedError as error:
             result: dict[str, Any] = {"error": f"the chat template refuses these messages: {error}"}
-        except Exception as error:  # whatever a template can raise
+        except Exception as error:  # a template may raise any exception
             result = {"error": f"the chat template fails ({type(error).__name__}: {error})"}
         else:
             extends = bool(base) and text.startswith(base)

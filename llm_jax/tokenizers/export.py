@@ -17,9 +17,9 @@ from llm_jax.tokenizers.sentencepiece_json import from_model, has_exact_scores
 
 # Names of special tokens beside `special.NAMES`, and the tokens that usually have them.
 _OTHER_NAMES = {"cls_token": ("[CLS]",), "sep_token": ("[SEP]",), "mask_token": ("[MASK]", "<mask>")}
-# For these families AutoTokenizer takes a class of its own, whatever the files name, and replaces the pre-tokenizer of
-# tokenizer.json by that of the class. The key "auto_map" prevents it. The code that it names does not exist and is not
-# looked for (unless trust_remote_code=True), because transformers has classes for these families.
+# For these families AutoTokenizer ignores the class that the files name, and replaces the pre-tokenizer of
+# tokenizer.json by that of the family's class. The key "auto_map" prevents this. The code that it names does not exist
+# and is not loaded (unless trust_remote_code=True), because transformers has classes for these families.
 _REPLACED = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"

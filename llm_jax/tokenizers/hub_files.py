@@ -102,16 +102,16 @@ def _add_tokens(content: dict[str, Any], parsed: Mapping[str, Any]) -> None:
     ids = dict(zip(pieces, range(len(pieces)), strict=True)) if isinstance(vocabulary, list) else dict(vocabulary)
     ids |= {entry["content"]: entry["id"] for entry in entries}
     present = {entry["content"] for entry in entries}
-    room = parsed["config.json"].get("vocab_size")
+    model_vocab_size = parsed["config.json"].get("vocab_size")
     for source, index, token in _named_tokens(parsed):
         if (name := token["content"]) in present:
             continue
         following = max(ids.values(), default=-1) + 1
         expected_id = ids.get(name, following)
-        if isinstance(room, int) and expected_id >= room:
+        if isinstance(model_vocab_size, int) and expected_id >= model_vocab_size:
             continue
         if index not in (None, expected_id):
-            if isinstance(room, int) and index >= room:
+            if isinstance(model_vocab_size, int) and index >= model_vocab_size:
                 continue
             raise UserError(
                 f"{source}: the token {name!r} has the id {index}; expected {expected_id}, the next one of "

@@ -20,7 +20,7 @@ class PreTokenizer:
 
     Attributes:
       steps: applied one after the other.
-      ignore_merges: a word that is a token stays one token, whatever the merges.
+      ignore_merges: a word that is a token stays one token, independent of the merges.
       add_bos: text begins with BOS, unless the file states otherwise.
     """
 
@@ -52,7 +52,7 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
-# Words of lower case, with upper case only at their begin (tiktoken's o200k_base); {suffixes} and {digits} vary.
+# Words of lower case, with upper case only at their beginning (tiktoken's o200k_base); {suffixes} and {digits} vary.
 _CASED = (
     f"{_BEFORE_WORD}{_UPPER}*{_LOWER}+<suffixes>|{_BEFORE_WORD}{_UPPER}+{_LOWER}*<suffixes>"
     r"|<digits>| ?[^\s\p{L}\p{N}]+[\r\n/]*"

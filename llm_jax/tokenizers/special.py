@@ -66,7 +66,7 @@ _CLASS_OF_MODEL = {
     "t5": "T5",
     "cohere": "Cohere",
 }
-# Names of tokens that end a text or a turn, whatever the keys of the files say (the rule of llama.cpp's vocabularies).
+# Names of tokens that end a text or a turn, independent of the keys of the files (the rule of llama.cpp).
 _END_NAMES = (
     "<|eot_id|>",
     "<|im_end|>",

@@ -11,7 +11,7 @@ _RED, _END = "\x1b[41m", "\x1b[0m"
 
 
 def colored(text: str, tokenizer: Tokenizer, colour: bool) -> str:
-    """The text with its tokens told apart; what belongs to no token (dropped by a normalizer) stands bare.
+    """The text with its tokens separated; text without a token (dropped by a normalizer) is not marked.
 
     A token that stands for a part of a character is shown by its bytes.
     """

@@ -205,14 +205,14 @@ def _with_special_only(trained: library.Tokenizer) -> library.Tokenizer:
     return library.Tokenizer.from_str(json.dumps(state))
 
 
-def _alphabet(kind: str, texts: Iterable[str], room: int) -> list[str]:
-    """The `room` most frequent characters; the library breaks ties differently from run to run."""
+def _alphabet(kind: str, texts: Iterable[str], capacity: int) -> list[str]:
+    """The `capacity` most frequent characters; the library breaks ties differently from run to run."""
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text)
-    if room < 1 or not counts:
-        raise UserError(f"no {kind} vocabulary can be trained: {len(counts)} characters of text, room for {room}")
-    return sorted(counts, key=lambda c: (-counts[c], c))[:room]
+    if capacity < 1 or not counts:
+        raise UserError(f"no {kind} vocabulary can be trained: {len(counts)} characters of text, room for {capacity}")
+    return sorted(counts, key=lambda c: (-counts[c], c))[:capacity]
 
 
 def _ranges(characters: Iterable[str]) -> str:

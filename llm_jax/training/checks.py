@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, objects
+from llm_jax import configuration, object_store
 from llm_jax.checkpoints import abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import attention_kernels, transformer
@@ -62,7 +62,7 @@ def check(config: Config) -> None:
 
 def check_storage(workdir: pathlib.Path, config: Config, profile: bool, processes: int) -> None:
     """Raises UserError if an option or flag needs to write files that an object store does not support."""
-    if not objects.is_object(workdir):
+    if not object_store.is_object(workdir):
         return
     if profile:
         raise UserError(
@@ -72,7 +72,7 @@ def check_storage(workdir: pathlib.Path, config: Config, profile: bool, processe
         raise UserError(
             f"report.to=tensorboard appends to files, which {workdir} does not support; use wandb or mlflow"
         )
-    if processes > 1 and not objects.has_orbax_driver(workdir):
+    if processes > 1 and not object_store.has_orbax_driver(workdir):
         raise UserError(
             f"--workdir={workdir}: {processes} processes cannot write a checkpoint to s3://, because Orbax has no "
             "driver for it; use gs://, or a directory that all processes share"

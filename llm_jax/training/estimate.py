@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, objects, runtime, weights
+from llm_jax import bars, object_store, runtime, weights
 from llm_jax.data import rows
 from llm_jax.errors import UserError
 from llm_jax.schema import Config
@@ -89,7 +89,7 @@ def estimate(setup: Setup, held_out: Mapping[str, int], workdir: pathlib.Path, d
     limit = jnp.float32(math.inf)
     free = _free_memory()
     devices = setup.mesh.size if jax.default_backend() == "cpu" else 1  # simulated devices share the memory
-    optimizer_bytes = memory.shard_bytes((state.optimizer, state.ema))
+    optimizer_bytes = memory.shard_bytes((state.opt_state, state.ema))
     need = memory.Memory(memory.shard_bytes((state, setup.state.frozen)), 0, 0, optimizer_bytes)
     compile_seconds: float | None = None
     step_times: list[float] = []
@@ -216,7 +216,7 @@ def _evaluation_batches(config: Config, held_out: Mapping[str, int], done: int) 
 def _checkpoint_bytes(setup: Setup) -> int:
     state = setup.state
     saved = setup.method.checkpoint_params(state.params, state.frozen)
-    return weights.num_bytes((saved, state.optimizer, state.ema))
+    return weights.num_bytes((saved, state.opt_state, state.ema))
 
 
 def _checkpoints(config: Config) -> int:
@@ -261,7 +261,7 @@ def _free_memory() -> int | None:
 
 
 def _free_disk(workdir: pathlib.Path) -> int | None:
-    if objects.is_object(workdir):
+    if object_store.is_object(workdir):
         return None
     directory = workdir.absolute()
     while not directory.is_dir():

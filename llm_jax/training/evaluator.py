@@ -13,16 +13,16 @@ from llm_jax.evaluation import answers, example_counts, held_out
 from llm_jax.evaluation.prompts import PromptConfig
 from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.parallel import processes
-from llm_jax.training import bad_steps, inputs, losses, measures, run_pictures
+from llm_jax.training import bad_steps, inputs, losses, measurements, run_pictures
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
 
 
-def describe_preferences(figures: Mapping[str, float]) -> str:
+def describe_preferences(metrics: Mapping[str, float]) -> str:
     """Returns the accuracy and the mean margin of held-out preferences as text, or "" if they were not measured."""
-    if "validation_preference_accuracy" not in figures:
+    if "validation_preference_accuracy" not in metrics:
         return ""
-    accuracy, margin = (figures[f"validation_preference_{name}"] for name in ("accuracy", "margin"))
+    accuracy, margin = (metrics[f"validation_preference_{name}"] for name in ("accuracy", "margin"))
     return f"chosen answer preferred {accuracy:.1%}, mean margin {margin:.4f}"
 
 
@@ -34,7 +34,7 @@ class Evaluator:
         self._decoder = setup.model.clone(config=dataclasses.replace(setup.config.model, scan_layers=False))
         unstack = lambda params, frozen: trees.unstack(setup.method.model_params(params, frozen))  # noqa: E731
         self._unstack = jax.jit(unstack, out_shardings=setup.replicated)
-        layers = measures.layer_statistics(setup.model)
+        layers = measurements.layer_statistics(setup.model)
 
         def statistics(params: Any, frozen: Any, batch: Any) -> dict[str, Any]:
             values = layers(setup.method.model_params(params, frozen), batch)
@@ -52,7 +52,7 @@ class Evaluator:
 
     def _local_params(self, state: TrainState) -> Any:
         """The parameters of the model, one entry per layer; each of several processes gets a complete copy."""
-        return processes.local_copy(self._unstack(state.model, state.frozen))
+        return processes.local_copy(self._unstack(state.eval_params, state.frozen))
 
     def counts(self, final: bool) -> dict[str, int]:
         """The number of held-out rows, also by source, and of examples of every task; see `example_counts.key`.
@@ -71,9 +71,9 @@ class Evaluator:
             **{f"task_examples/{name}": min(most or size, size) for name, size in examples.items()},
         }
 
-    def of_the_end_alone(self, figures: Mapping[str, float]) -> set[str]:
+    def final_only(self, metrics: Mapping[str, float]) -> set[str]:
         """The names of the metrics that were measured over other rows or examples than in the periodic evaluations."""
-        return example_counts.of_other_examples(figures, self.counts(final=False))
+        return example_counts.of_other_examples(metrics, self.counts(final=False))
 
     def final_note(self) -> str:
         """A note with the number of held-out rows of the final evaluation; "" if every evaluation uses all rows."""
@@ -102,7 +102,7 @@ class Evaluator:
         """
         setup, data, config = self._setup, self._data, self._setup.config
         loss = lambda params, batch: setup.loss(params, state.frozen, batch)  # noqa: E731
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         counts = self.counts(final)
         preferences = lambda params, batch: self._preferences(params, state.frozen, batch)  # noqa: E731
         for source, rows in {"": data.held_out, **data.held_out_by_source}.items():
@@ -110,13 +110,13 @@ class Evaluator:
                 continue
             suffix = f"/{source}" if source else ""
             count = counts[f"validation_rows{suffix}"]
-            arguments = (state.model, rows, config.train.batch_size, setup.batch_sharding, count)
+            arguments = (state.eval_params, rows, config.train.batch_size, setup.batch_sharding, count)
             result = held_out.evaluate(loss, *arguments)
             if config.loss.kind == "dpo":
                 right, margin, pairs = held_out.sums(preferences, *arguments)
                 result |= {"preference_accuracy": right / pairs, "preference_margin": margin / pairs} if pairs else {}
-            figures |= {f"validation_{name}{suffix}": value for name, value in result.items()}
-            figures[f"validation_rows{suffix}"] = count
+            metrics |= {f"validation_{name}{suffix}": value for name, value in result.items()}
+            metrics[f"validation_rows{suffix}"] = count
         for name, task in self._tasks.items():
             params = self._local_params(state)
             if not processes.is_main():
@@ -124,17 +124,17 @@ class Evaluator:
             count = counts[f"task_examples/{name}"]
             loaded = (self._decoder, params, data.tokenizer)
             records = list(answers.records(loaded, task, PromptConfig(), range(count)))
-            figures[f"task_{name}"] = answers.summary(records)["accuracy"]
-            figures[f"task_examples/{name}"] = count
-        return figures
+            metrics[f"task_{name}"] = answers.summary(records)["accuracy"]
+            metrics[f"task_examples/{name}"] = count
+        return metrics
 
-    def describe(self, figures: Mapping[str, float]) -> str:
+    def describe(self, metrics: Mapping[str, float]) -> str:
         """Returns the metrics as one line of text."""
-        parts = [f"{name} {figures[f'task_{name}']:.1%} correct" for name in self._tasks if f"task_{name}" in figures]
-        if "validation_loss" in figures:
-            bits = figures["validation_bits_per_byte"]
-            parts = [f"held-out loss {figures['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]
-        if preference := describe_preferences(figures):
+        parts = [f"{name} {metrics[f'task_{name}']:.1%} correct" for name in self._tasks if f"task_{name}" in metrics]
+        if "validation_loss" in metrics:
+            bits = metrics["validation_bits_per_byte"]
+            parts = [f"held-out loss {metrics['validation_loss']:.4f}", f"{bits:.3f} bits per byte", *parts]
+        if preference := describe_preferences(metrics):
             parts.append(preference)
         return ", ".join(parts) or "nothing is held out (data.validation_fraction=0)"
 

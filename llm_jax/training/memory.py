@@ -49,7 +49,7 @@ def of_training_step(setup: Setup) -> Memory:
     state = setup.state.replace(frozen={})
     limit = jax.ShapeDtypeStruct((), "float32")
     compiled = setup.train_step.lower(state, setup.state.frozen, setup.batch, limit).compile()
-    return of_executable(compiled, shard_bytes((state.optimizer, state.ema)))
+    return of_executable(compiled, shard_bytes((state.opt_state, state.ema)))
 
 
 def of_forward_pass(setup: Setup) -> Memory:
@@ -84,7 +84,7 @@ def step_sizes(config: Config) -> StepSizes:
         trainable=num_parameters(state.params),
         flops=transformer.flops_per_token(parts.config.model, c.seq_len) * c.batch_size * c.seq_len,
         weights=weights.num_bytes((state.params, state.frozen)),
-        optimizer=weights.num_bytes((state.optimizer, state.ema)),
+        optimizer=weights.num_bytes((state.opt_state, state.ema)),
         gradients=weights.num_bytes(state.params),
     )
 
@@ -97,7 +97,7 @@ def describe(e: StepSizes, config: Config) -> str:
     memory = f"weights {e.weights / mib:,.1f}, optimizer {e.optimizer / mib:,.1f}, gradients {e.gradients / mib:,.1f}"
     return "\n".join(
         [
-            f"{e.parameters:,} parameters, {e.trainable:,} trained",
+            f"{e.parameters:,} parameters, {e.trainable:,} trainable",
             f"{e.flops:.3g} FLOPs per step of {size}, {c.steps * e.flops:.3g} in {c.steps:,} steps",
             f"{total:,.1f} MiB on one device: {memory}",
             "without activations; --memory compiles the step and reports its total memory",

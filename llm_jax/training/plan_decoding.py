@@ -34,10 +34,10 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     split = NamedSharding(mesh, mesh_lib.divisible_spec(P(mesh_lib.BATCH), (rows,), mesh))
     prompts = jax.ShapeDtypeStruct((rows, steps.bucket(length)), jnp.int32, sharding=split)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
-    room = steps.bucket(config.eval.max_new_tokens)
+    capacity = steps.bucket(config.eval.max_new_tokens)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the platform determines the kernels
         settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
-        prefill = loop.prefill_and_draw.of_model(model).lower(room, 0, params, settings, prompts, lengths)
+        prefill = loop.prefill_and_draw.of_model(model).lower(capacity, 0, params, settings, prompts, lengths)
         state = _placed(prefill.out_info, prefill.compile().output_shardings)
         until = jax.ShapeDtypeStruct((), jnp.int32)
         return loop.advance.of_model(model).lower(params, settings, state, until).compile(), mesh

@@ -58,7 +58,7 @@ def state_sizes(config: Config) -> tuple[int, int]:
     config = dataclasses.replace(config, mesh=mesh, train=train, init_from=init_from, explicit=frozenset())
     parts = setup(config, devices=jax.devices()[:1])
     state = parts.state
-    return weights.num_bytes((state.params, state.frozen, state.optimizer, state.ema)), num_parameters(parts.base)
+    return weights.num_bytes((state.params, state.frozen, state.opt_state, state.ema)), num_parameters(parts.base)
 
 
 def least_bytes(config: Config, changes: dict[str, Any], state: int) -> float:

@@ -150,7 +150,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             mesh, kernel = parts.mesh, parts.attention_kernel
             state, limit = parts.state.replace(frozen={}), jax.ShapeDtypeStruct((), "float32")
             compiled = parts.train_step.lower(state, parts.state.frozen, parts.batch, limit).compile()
-            optimizer = memory.shard_bytes((state.optimizer, state.ema))
+            optimizer = memory.shard_bytes((state.opt_state, state.ema))
             model_flops = transformer.flops_per_token(config.model, length) * rows * length / len(devices)
     except jax.errors.JaxRuntimeError as error:
         raise _compiler_error(str(error), topology, capacity) from error
@@ -162,9 +162,9 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
             "installed: pip install 'llm_jax[plan-gpu]', or set --config.model.attention_kernel=plain"
         ) from error
     sizes = dict(mesh.shape)
-    figures = memory.of_executable(compiled, optimizer)
-    if topology.platform == "gpu" and figures.peak > capacity:  # its compiler does not refuse the step
-        raise _does_not_fit(topology, figures.peak, capacity)
+    used = memory.of_executable(compiled, optimizer)
+    if topology.platform == "gpu" and used.peak > capacity:  # its compiler does not refuse the step
+        raise _does_not_fit(topology, used.peak, capacity)
     live = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, sizes)
@@ -174,7 +174,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
     compute = max(
         (dense_flops + kernel_flops) / peak,
         (cycles / chip.clock if chip.clock else 0.0) + kernel_flops / (_KERNEL_SHARE * peak),
-        figures.arguments / (chip.bandwidth / per_device),
+        used.arguments / (chip.bandwidth / per_device),
     )
     network = sum(collective_seconds(row, sizes, topology) for row in collectives)
     shortest, longest = max(compute, network), compute + network
@@ -185,7 +185,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
         "attention_kernel": kernel,
         "batch": [rows, length],
         "decode": decode,
-        "memory": dataclasses.asdict(figures) | {"peak": figures.peak, "live": live, "capacity": capacity},
+        "memory": dataclasses.asdict(used) | {"peak": used.peak, "live": live, "capacity": capacity},
         "flops": {"compiled": dense_flops + kernel_flops, "model": model_flops, "cycles": cycles},
         "collectives": [dataclasses.asdict(row) for row in collectives],
         "seconds": {"compute": compute, "collectives": network, "shortest": shortest, "longest": longest},

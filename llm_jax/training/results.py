@@ -9,7 +9,7 @@ import jax
 from llm_jax.evaluation import classification
 from llm_jax.parallel import processes
 from llm_jax.schema import Config
-from llm_jax.training import attempts, evaluator, measures
+from llm_jax.training import attempts, evaluator, measurements
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.inputs import Inputs
 from llm_jax.training.setup import Setup
@@ -17,17 +17,17 @@ from llm_jax.training.step import TrainState
 
 
 def summarize(
-    setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, figures: Mapping[str, Any], rate: float | None
+    setup: Setup, data: Inputs, state: TrainState, workdir: pathlib.Path, metrics: Mapping[str, Any], rate: float | None
 ) -> dict[str, Any]:
     """Returns the metrics of summary.json, without "seconds".
 
     Args:
-      figures: metrics of the final evaluation.
+      metrics: metrics of the final evaluation.
       rate: tokens per second.
     """
     config = setup.config
     summary = {
-        **figures,
+        **metrics,
         "compressed_bits_per_byte": data.source.compressed_bits_per_byte() if config.loss.masked == "none" else {},
         "steps": config.train.steps,
         "parameters": setup_lib.num_parameters(setup.base),
@@ -35,7 +35,7 @@ def summarize(
         "tokens_per_second": rate,
         "corpus": {"source": config.data.source, "sha256": data.source.sha256, "bytes": data.source.num_bytes},
         "goodput": attempts.goodput(workdir),
-        **measures.peak_memory(),
+        **measurements.peak_memory(),
         "jax": jax.__version__,
     }
     params = processes.local_copy(setup.model_params(state)) if data.test else None

@@ -36,9 +36,6 @@ from llm_jax.training import bad_steps, checks, gather_once, losses, machine_cho
 from llm_jax.training import step as step_lib
 from llm_jax.training.step import TrainState
 
-# (params, frozen, batch, step, key) -> (sum over the counted targets, number of targets), float32 () each
-Objective = Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -208,7 +205,7 @@ class Setup:
 
     def model_params(self, state: TrainState) -> Any:
         """The parameters for evaluation: the moving average with `optim.ema_decay`, else the current parameters."""
-        return self.method.model_params(state.model, state.frozen)
+        return self.method.model_params(state.eval_params, state.frozen)
 
     def batches(self, rows: rows_lib.AnyRows | Any, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps `start` to `stop - 1`, which are prefetched in the background."""
@@ -219,7 +216,7 @@ def setup(
     config: Config,
     vocab_size: int = 0,
     *,
-    objective: Objective | None = None,
+    objective: step_lib.Loss | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Setup:
     """Builds the parts of a training run from shapes, without reading weights or data.
@@ -227,7 +224,7 @@ def setup(
     Args:
       config: the configuration; if `model.vocab_size` is 0, `vocab_size` is used.
       vocab_size: number of ids of the tokenizer.
-      objective: loss function that replaces `config.loss`.
+      objective: a function of the model's parameters that replaces `config.loss`; see `training.step.Loss`.
       devices: devices of the mesh, which may be compile-only devices; None: all devices of JAX.
 
     Raises:
@@ -274,7 +271,7 @@ def setup(
     state_shardings = TrainState(
         copies,
         params_shardings,
-        optim.shardings(state.optimizer, params, params_shardings, copies),
+        optim.shardings(state.opt_state, params, params_shardings, copies),
         params_shardings if config.optim.ema_decay else None,
     )
 

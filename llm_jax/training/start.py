@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import checkpoints, configuration, extensions, objects, tokenizers, trees
+from llm_jax import checkpoints, configuration, extensions, object_store, tokenizers, trees
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.errors import UserError
 from llm_jax.model import positions
@@ -142,7 +142,7 @@ def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
         try:
             return directory, checkpoints.verify(directory), tuple(damaged)
         except UserError as error:
-            if isinstance(error, objects.StoreError):  # not damaged; a later attempt may be able to read it
+            if isinstance(error, object_store.StoreError):  # not damaged; a later attempt may be able to read it
                 raise
             damaged.append(str(error).split("; ")[0])
             if config.checkpoint.on_damage == "stop" or step == checkpoints.steps(workdir)[0]:

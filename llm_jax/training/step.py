@@ -29,19 +29,19 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32 (), the number of updates.
       params: the trainable parameters.
-      optimizer: the state of the optimizer.
+      opt_state: the state of the optimizer.
       ema: the exponential moving average of `params`, in float32 or wider, or None.
       frozen: the parameters that training does not change; {} in full training.
     """
 
     step: Any
     params: Any
-    optimizer: Any
+    opt_state: Any
     ema: Any = None
     frozen: Any = flax.struct.field(default_factory=dict)
 
     @property
-    def model(self) -> Any:
+    def eval_params(self) -> Any:
         """The trainable parameters for evaluation: their moving average if it exists, in the dtypes of `params`."""
         return self.params if self.ema is None else jax.tree.map(lambda e, p: e.astype(p.dtype), self.ema, self.params)
 
@@ -129,7 +129,7 @@ def make(
             ((total, count), grads), _ = jax.lax.scan(add, sums, (jnp.arange(grad_accumulation), micro))
         count = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), grads, state.params)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
         mean = total / count
@@ -145,7 +145,7 @@ def make(
         if update_norms:
             metrics["update_norms"] = bad_steps.norms(updates)
         ema = None if state.ema is None else average(state.ema, params, ema_decay, state.step)
-        new = TrainState(state.step + 1, params, optimizer_state, ema)
+        new = TrainState(state.step + 1, params, opt_state, ema)
         if skip_bad:
             new = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, state.replace(step=new.step))
         return new, metrics

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from llm_jax import files, objects
+from llm_jax import files, object_store
 from llm_jax.errors import UserError
 from llm_jax.schema import choice
 
@@ -92,7 +92,7 @@ class WeightsAndBiases:
         # Runs from version 0.1 use the name of their directory as id.
         run_id = (_recorded(workdir, "wandb") or name) if start else secrets.token_hex(8)
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        directory = tempfile.mkdtemp() if objects.is_object(workdir) else str(workdir)
+        directory = tempfile.mkdtemp() if object_store.is_object(workdir) else str(workdir)
         settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
         self._run = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=directory, settings=settings)
         self._run.config.update(dict(config), allow_val_change=True)

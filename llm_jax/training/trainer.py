@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import bars, checkpoints, configuration, files, objects, runtime, tokenizers, trees
+from llm_jax import bars, checkpoints, configuration, files, object_store, runtime, tokenizers, trees
 from llm_jax.checkpoints import adapters, run
 from llm_jax.errors import UserError
 from llm_jax.evaluation import builtin
@@ -29,7 +29,7 @@ from llm_jax.training import (
     checks,
     estimate,
     inputs,
-    measures,
+    measurements,
     next_command,
     results,
     start,
@@ -37,6 +37,7 @@ from llm_jax.training import (
 )
 from llm_jax.training import setup as setup_lib
 from llm_jax.training.evaluator import Evaluator
+from llm_jax.training.profiler import Profiler
 from llm_jax.training.progress import Progress
 from llm_jax.training.setup import Setup
 from llm_jax.training.step import TrainState
@@ -53,13 +54,13 @@ class Prepared:
     Attributes:
       setup: the parts of training, with the configuration after `init_from` and the data have been applied.
       start: where the run starts from.
-      inputs: the tokenizer and the rows.
+      data: the tokenizer and the rows.
       reference: the weights of the frozen model in the loss, or {}.
     """
 
     setup: Setup
     start: start.Start
-    inputs: inputs.Inputs
+    data: inputs.Inputs
     reference: Any
 
 
@@ -69,14 +70,14 @@ def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
     Raises:
       UserError: see `start.find` and `setup.setup`; an unknown task.
     """
-    beginning = start.find(config, workdir)
-    config = beginning.config
+    run_start = start.find(config, workdir)
+    config = run_start.config
     provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
     sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional))
     estimate.check_batch(setup_lib.setup(sized))
     for name in config.eval.tasks:
         builtin.load_task(name)
-    return beginning
+    return run_start
 
 
 def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
@@ -87,16 +88,16 @@ def prepare(config: Config, workdir: pathlib.Path | None = None) -> Prepared:
     Raises:
       UserError: see `start.find`, `setup.setup` and `inputs.load`.
     """
-    beginning = check(config, workdir)
+    run_start = check(config, workdir)
     with processes.main_first("to read the data"):
-        data = inputs.load(beginning.config, beginning)
+        data = inputs.load(run_start.config, run_start)
     options = {k: v for k, v in configuration.flat(data.config).items() if k not in _MACHINE_OPTIONS}
     contents = {"the text": data.source.sha256, "the tokenizer": tokenizers.digest(data.tokenizer)}
     processes.check_equal(contents | options, "the run")
     setup = setup_lib.setup(data.config, data.vocab_size)
     processes.connect(setup.mesh)
     reference = setup.load_reference(data.tokenizer)
-    return Prepared(setup, beginning, data, reference)
+    return Prepared(setup, run_start, data, reference)
 
 
 @functools.partial(
@@ -149,8 +150,8 @@ def train(
     verbose = verbose and is_main
     lock = None
     began = time.perf_counter()
-    say = print if verbose else lambda *values, **options: None
-    with objects.as_user_errors(workdir), contextlib.ExitStack() as stack:
+    log = print if verbose else lambda *values, **options: None
+    with object_store.as_user_errors(workdir), contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(bars.off())
         with processes.main_first("to lock the run directory"):
@@ -159,24 +160,24 @@ def train(
             if is_main and workdir.is_dir() and (not is_single or (workdir / "config.json").is_file()):
                 lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         prepared = prepare(config, workdir)
-        setup, beginning, data = prepared.setup, prepared.start, prepared.inputs
+        setup, run_start, data = prepared.setup, prepared.start, prepared.data
         config, c, method = setup.config, setup.config.train, setup.method
-        say(inputs.describe(config, data))
-        say(setup_lib.describe(setup))
+        log(inputs.describe(config, data))
+        log(setup_lib.describe(setup))
         if is_main:
             files.make_directory(workdir)
         if is_main and lock is None:
             lock = stack.enter_context(contextlib.closing(files.lock(workdir)))
         processes.check_shared(workdir, "--workdir")
-        detector = bad_steps.BadStepDetector(c, setup.weight_names, workdir / "metrics.jsonl", beginning.step)
+        detector = bad_steps.BadStepDetector(c, setup.weight_names, workdir / "metrics.jsonl", run_start.step)
 
         # ---------------------------------------------------------------- state
         fingerprint = _check_reference(prepared, workdir)
-        for note in start.notes(beginning):
-            say(note)
+        for note in start.notes(run_start):
+            log(note)
         state, base_record = _initial_state(prepared)
-        if beginning.checkpoint:
-            say(f"resuming from {beginning.checkpoint}")
+        if run_start.checkpoint:
+            log(f"resuming from {run_start.checkpoint}")
         del prepared
         runtime.release_freed_memory()
         if is_main:
@@ -185,23 +186,23 @@ def train(
         # ---------------------------------------------------------------- evaluation and samples
         tasks = {pathlib.Path(name).stem: builtin.load_task(name) for name in config.eval.tasks}
         evaluator = Evaluator(setup, data, tasks)
-        if config.eval.prompts and not beginning.step:
-            say(evaluator.sample("before training", state))
+        if config.eval.prompts and not run_start.step:
+            log(evaluator.sample("before training", state))
 
         # ---------------------------------------------------------------- the loop
         reports = config.report.to if is_main else ()
-        tracking = trackers.open_all(reports, workdir, configuration.flat(config), beginning.step)
+        tracking = trackers.open_all(reports, workdir, configuration.flat(config), run_start.step)
         stack.callback(tracking.close)
         writer = checkpoints.Writer(
             workdir, config, data.tokenizer, data.source.sha256, fingerprint, base_record, lock=lock
         )
         stack.callback(writer.close)
-        writer.discard(beginning.step)  # damaged checkpoints, see `start.find`
+        writer.discard(run_start.step)  # damaged checkpoints, see `start.find`
         flops = transformer.flops_per_token(config.model, c.seq_len)
-        peak = measures.matmul_peak(config.model.precision.compute)
+        peak = measurements.matmul_peak(config.model.precision.compute)
         progress = Progress(
             workdir,
-            beginning.step,
+            run_start.step,
             c.steps,
             flops,
             peak,
@@ -214,9 +215,9 @@ def train(
         )
         stack.callback(progress.close)
         if is_main:
-            attempts.begin(workdir, beginning.step)
+            attempts.begin(workdir, run_start.step)
         rollbacks = bad_steps.Rollbacks()
-        profiler = measures.Profiler(workdir, beginning.step, c.steps, profile and is_main, progress.write)
+        profiler = Profiler(workdir, run_start.step, c.steps, profile and is_main, progress.write)
         stack.callback(profiler.stop)
         periods = {
             "evaluate": config.eval.every,
@@ -224,9 +225,9 @@ def train(
             "norms": config.report.norms_every,
             "save": config.checkpoint.every,
         }
-        done, skipped_batches = beginning.step, beginning.record.get("skipped_batches", 0)
+        done, skipped_batches = run_start.step, run_start.record.get("skipped_batches", 0)
         stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
-        figures: dict[str, float] = {}
+        eval_metrics: dict[str, float] = {}
         evaluated = False
         agree = processes.StopAgreement()
         stopping: Any = False
@@ -238,7 +239,7 @@ def train(
             profiler.before_step(done, state)
             batch = next(stream)
             state, metrics = setup.step(state, batch, detector.limit(done + 1))
-            done, figures, evaluated = done + 1, {}, False
+            done, eval_metrics, evaluated = done + 1, {}, False
             stopping = agree(stop_requested or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
@@ -257,7 +258,7 @@ def train(
                 detector.rewind(to)
                 progress.rewind(to)
                 progress.write(f"step {bad.step}: {bad.reason}; rolling back to step {to} and skipping these batches")
-                state = _earlier_state(setup, beginning, workdir, to, state.frozen)
+                state = _earlier_state(setup, run_start, workdir, to, state.frozen)
                 done, skipped_batches = to, skipped_batches + bad.step - to
                 stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
                 continue
@@ -268,10 +269,10 @@ def train(
             if "evaluate" in due:
                 if done == c.steps and (note := evaluator.final_note()):
                     progress.write(note)
-                figures, evaluated = evaluator.evaluate(state, done == c.steps), True
-                other = evaluator.of_the_end_alone(figures)
-                progress.write(f"step {done}: {evaluator.describe(figures)}")
-            line = progress.flush(statistics_of_state, other, **figures)
+                eval_metrics, evaluated = evaluator.evaluate(state, done == c.steps), True
+                other = evaluator.final_only(eval_metrics)
+                progress.write(f"step {done}: {evaluator.describe(eval_metrics)}")
+            line = progress.flush(statistics_of_state, other, **eval_metrics)
             stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
             stopping = stopping or (stop_requested and is_single)
             if "evaluate" in due:
@@ -280,12 +281,12 @@ def train(
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
-                loss = None if "validation_loss" in other else figures.get("validation_loss")
-                rows = figures.get("validation_rows")
+                loss = None if "validation_loss" in other else eval_metrics.get("validation_loss")
+                rows = eval_metrics.get("validation_rows")
                 files.check_lock(lock)
                 progress.sync()
                 save_began = time.perf_counter()
-                writer.save(done, saved, state.optimizer, loss, rows, skipped_batches, state.ema)
+                writer.save(done, saved, state.opt_state, loss, rows, skipped_batches, state.ema)
                 if (seconds := time.perf_counter() - save_began) > _SLOW_SAVE:
                     fewer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
                     cure = f"{fewer}faster storage avoids this"
@@ -304,9 +305,9 @@ def train(
 
         # ---------------------------------------------------------------- the results
         if not evaluated:  # the run was already complete; these metrics differ between processes
-            figures = evaluator.evaluate(state, final=True)
+            eval_metrics = evaluator.evaluate(state, final=True)
         rate = statistics.median(progress.rates) if progress.rates else None
-        summary = results.summarize(setup, data, state, workdir, figures, rate)
+        summary = results.summarize(setup, data, state, workdir, eval_metrics, rate)
         summary["seconds"] = time.perf_counter() - began
         if is_main:
             files.write_json(workdir / "summary.json", summary)
@@ -314,16 +315,16 @@ def train(
                 with contextlib.ExitStack() as copies:
                     paths = [copies.enter_context(files.local_copy(path)) for path in attachments(workdir)]
                     tracking.finish(summary, paths)
-        say(results.describe_results(workdir, config, summary))
-        say(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
+        log(results.describe_results(workdir, config, summary))
+        log(f"next: {next_command.after_training(workdir, config, data.tokenizer)}")
         return summary
 
 
 def _check_reference(prepared: Prepared, workdir: pathlib.Path) -> str:
     """Returns the fingerprint of the frozen model in the loss, or "". Raises UserError if a resumed run's differs."""
-    reference, beginning, config = prepared.reference, prepared.start, prepared.setup.config
+    reference, run_start, config = prepared.reference, prepared.start, prepared.setup.config
     fingerprint = trees.fingerprint(reference) if reference else ""
-    if reference and beginning.checkpoint and beginning.record["other"] != fingerprint:
+    if reference and run_start.checkpoint and run_start.record["other"] != fingerprint:
         name = config.loss.teacher or config.init_from
         raise UserError(f"{name}: its weights have changed since {workdir} was started; choose another --workdir")
     return fingerprint
@@ -331,16 +332,16 @@ def _check_reference(prepared: Prepared, workdir: pathlib.Path) -> str:
 
 def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | None]:
     """Returns (the initial or resumed state, the path and hash of the base of adapters for the record)."""
-    setup, beginning = prepared.setup, prepared.start
-    base = setup.load_base(beginning.origin) if setup.method.reads_base(bool(beginning.checkpoint)) else None
+    setup, run_start = prepared.setup, prepared.start
+    base = setup.load_base(run_start.origin) if setup.method.reads_base(bool(run_start.checkpoint)) else None
     base_record = None
-    if beginning.origin and setup.config.lora.rank:
+    if run_start.origin and setup.config.lora.rank:
         assert base is not None
-        base_record = {"path": beginning.origin.name, "sha256": trees.fingerprint(base)}
-        if beginning.checkpoint:
-            adapters.check_base(beginning.checkpoint, beginning.record, **base_record)
-    if beginning.checkpoint:
-        state, constants = restore(setup, beginning.checkpoint, beginning.record)
+        base_record = {"path": run_start.origin.name, "sha256": trees.fingerprint(base)}
+        if run_start.checkpoint:
+            adapters.check_base(run_start.checkpoint, run_start.record, **base_record)
+    if run_start.checkpoint:
+        state, constants = restore(setup, run_start.checkpoint, run_start.record)
     else:
         params, constants = setup.init_trainable(base)
         state = setup.initial_state(params)
@@ -348,13 +349,13 @@ def _initial_state(prepared: Prepared) -> tuple[TrainState, dict[str, str] | Non
 
 
 def _earlier_state(
-    setup: Setup, beginning: start.Start, workdir: pathlib.Path, step: int, frozen: dict[str, Any]
+    setup: Setup, run_start: start.Start, workdir: pathlib.Path, step: int, frozen: dict[str, Any]
 ) -> TrainState:
     """Returns the state after `step` updates: from the last checkpoint, or initialized again for step 0."""
     if step:
         directory = checkpoints.find(workdir)
         return restore(setup, directory, checkpoints.verify(directory))[0].replace(frozen=frozen)
-    params, _ = setup.init_trainable(setup.load_base(beginning.origin))
+    params, _ = setup.init_trainable(setup.load_base(run_start.origin))
     return setup.initial_state(params).replace(frozen=frozen)
 
 
@@ -362,7 +363,7 @@ def restore(setup: Setup, directory: pathlib.Path, record: Mapping[str, Any]) ->
     """Returns (state of a verified checkpoint with empty `frozen`, constant parts of adapters)."""
     shapes = setup.state
     saved = setup.method.checkpoint_params(shapes.params, shapes.frozen)
-    params, *rest = run.restore_state(directory, record, saved, shapes.optimizer, shapes.ema)
+    params, *rest = run.restore_state(directory, record, saved, shapes.opt_state, shapes.ema)
     trainable, constants = setup.method.split(params)
     step = jax.device_put(jnp.int32(record["step"]), setup.replicated)
     return TrainState(step, trainable, *rest), constants

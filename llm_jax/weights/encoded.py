@@ -1,4 +1,4 @@
-"""`Encoded`: a weight in a number format of the user's own (`kernels.own_format`)."""
+"""`Encoded`: a weight in a custom number format (`kernels.custom_format`)."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
 from llm_jax.kernels import number_formats
-from llm_jax.kernels.own_format import OwnFormat
+from llm_jax.kernels.custom_format import CustomFormat
 from llm_jax.weights.nodes import Node, take
 
 _STATIC: dict[str, Any] = {"static": True}
@@ -37,17 +37,17 @@ class Encoded(Node):
     axis: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
-    def encode(cls, w: jax.Array, own: OwnFormat, axis: int) -> "Encoded":
+    def encode(cls, w: jax.Array, custom: CustomFormat, axis: int) -> "Encoded":
         """Encodes an array, float (..., I, O), with leading layer axes."""
         if w.ndim > 2:
-            return jax.vmap(lambda layer: cls.encode(layer, own, axis))(w)
-        return cls(own.encode(w, axis), own.specification, axis)
+            return jax.vmap(lambda layer: cls.encode(layer, custom, axis))(w)
+        return cls(custom.encode(w, axis), custom.specification, axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
         leading = next(iter(self.parts.values())).shape[:-2]
         layer = {name: jax.ShapeDtypeStruct(part.shape[-2:], part.dtype) for name, part in self.parts.items()}
-        return (*leading, *self._own().shape(layer, self.axis))
+        return (*leading, *self._custom_format().shape(layer, self.axis))
 
     def dot(self, x: jax.Array, transposed: bool, out_dtype: Any, accumulate: Any) -> jax.Array:
         return checkpoint_name(_dot(x, self, transposed, jnp.dtype(out_dtype), jnp.dtype(accumulate)), "dot")
@@ -56,17 +56,17 @@ class Encoded(Node):
         return take(self.dense(), ids)
 
     def dense(self) -> jax.Array:
-        return self._own().decode(self.parts, self.axis)
+        return self._custom_format().decode(self.parts, self.axis)
 
     def partition(self, spec: P) -> "Encoded":
         *layer, rows, columns = spec
         turned = P(*layer, rows, columns) if self.axis == -2 else P(*layer, columns, rows)
         return dataclasses.replace(self, parts=dict.fromkeys(self.parts, turned))
 
-    def _own(self) -> OwnFormat:
-        own = number_formats.scheme(self.scheme).own
-        assert own is not None
-        return own
+    def _custom_format(self) -> CustomFormat:
+        custom = number_formats.scheme(self.scheme).custom
+        assert custom is not None
+        return custom
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

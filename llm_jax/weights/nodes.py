@@ -13,7 +13,7 @@ contain other nodes, so that kinds compose, and the model has no code for any of
     Adapted(array, InputDropout(a), b)          LoRA with dropout
     Decomposed(Adapted(array, a, b), m, n)      DoRA
     QTensor(codes, scale)                       quantized after training (`quantized.py`, which also has the next)
-    Encoded(parts)                              quantized by a number format of the user's own (`encoded.py`)
+    Encoded(parts)                              quantized by a custom number format (`encoded.py`)
     FakeQuant(array)                            quantization-aware training
     Adapted(QTensor, a, b)                      QLoRA
     Adapted(array, FakeQuant(a), FakeQuant(b))  low-rank factors in 8 bits

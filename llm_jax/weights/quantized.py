@@ -123,11 +123,11 @@ def to_qtensor(
       input_scale: float32 (...), for a scheme with static activations.
 
     Raises:
-      UserError: the scheme does not exist, or is one of the user's own; see `quantize` for it.
+      UserError: the scheme does not exist, or is a custom format; see `quantize` for it.
     """
     s = number_formats.scheme(scheme)
-    if s.own:
-        raise s.own.extension.error("it gives no QTensor; weights.quantize encodes arrays by any scheme")
+    if s.custom:
+        raise s.custom.extension.error("it gives no QTensor; weights.quantize encodes arrays by any scheme")
     if smooth is not None:
         w = w / smooth.astype(w.dtype)[..., None]
     if scale is None:
@@ -149,13 +149,13 @@ def quantize(w: jax.Array, scheme: str, axis: int, **options: Any) -> QTensor | 
       w: float (..., I, O).
       scheme: a name that `number_formats.scheme` accepts.
       axis: IN or OUT, the axis of the groups.
-      options: see `to_qtensor`; formats of the user's own have none.
+      options: see `to_qtensor`; custom formats have none.
 
     Raises:
       UserError: see `number_formats.scheme`.
     """
-    own = number_formats.scheme(scheme).own
-    return Encoded.encode(w, own, axis) if own else to_qtensor(w, scheme, axis, **options)
+    custom = number_formats.scheme(scheme).custom
+    return Encoded.encode(w, custom, axis) if custom else to_qtensor(w, scheme, axis, **options)
 
 
 def with_activations(params: Any, activations: str) -> Any:

@@ -9,10 +9,10 @@ import zipfile
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, objects, trees
+from llm_jax import checkpoints, files, object_store, trees
 from llm_jax.checkpoints import location, zip_files
 from llm_jax.errors import UserError
-from llm_jax.objects import clients, store
+from llm_jax.object_store import clients, store
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -185,4 +185,4 @@ def test_a_bucket_that_is_missing_or_refuses_is_one_line(bucket, monkeypatch):
 
 def test_a_name_that_leads_out_of_the_directory_is_refused(bucket, tmp_path):
     with pytest.raises(UserError, match="leads out of the directory"):
-        objects.fetch(files.path("s3://bucket/x"), tmp_path / "a" / ".." / ".." / "x", tmp_path)
+        object_store.fetch(files.path("s3://bucket/x"), tmp_path / "a" / ".." / ".." / "x", tmp_path)

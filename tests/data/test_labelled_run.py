@@ -50,7 +50,7 @@ def test_a_run_on_labelled_data_learns_and_is_evaluated(run, files, command):
 
 def test_rows_of_labelled_data_are_shown(files, flags, command):
     shown = command("show", "rows", "--config=tests/tiny.py", *flags, "--rows=1").stdout.splitlines()
-    assert shown[0].startswith("row 0: ") and "in 1 segment, 10 targets count" in shown[0]
+    assert shown[0].startswith("row 0: ") and "in 1 segment, 10 counted targets" in shown[0]
     assert shown[2].startswith("- <bos>") and " film " in shown[2] and shown[2].endswith(":")
     assert shown[3] in ("+  negative<eos>", "+  positive<eos>")
 

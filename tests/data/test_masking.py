@@ -189,7 +189,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_evaluated(command, tmp_path, text_file
         *encoder,
         "--rows=1",
     ).stdout
-    count = int(re.search(r"(\d+) targets count", shown)[1])
+    count = int(re.search(r"(\d+) counted targets", shown)[1])
     assert 0 < count < 32 and sum(len(line) - 2 for line in shown.splitlines() if line.startswith("+ ")) == count
 
 

@@ -50,7 +50,7 @@ def test_the_command_shows_rows(tmp_path, command):
         "--config.data.kind=instructions",
     )
     said = command("show", "rows", *flags, "--rows=1").stdout.splitlines()
-    assert said[0].startswith("row 0: ") and "in 2 segments, 8 targets count" in said[0]
+    assert said[0].startswith("row 0: ") and "in 2 segments, 8 counted targets" in said[0]
     heads = [
         re.fullmatch(r"segment \d: (\d+) tokens( \(the last token is only a target, not an input\))?", line)
         for line in said

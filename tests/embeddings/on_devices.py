@@ -36,10 +36,12 @@ def main() -> None:
             with mock.patch("jax.device_count", return_value=1):
                 one = train(corpus, settings).matrix
             found[kind] = {"apart": float(np.abs(several - one).max()), "largest": float(np.abs(one).max())}
-    many = devices.compiled(functools.partial(word2vec._many, "skipgram", 5, 5), (True, True, True, False))
+    train_steps = devices.compiled(
+        functools.partial(word2vec._train_steps, "skipgram", 5, 5), (True, True, True, False)
+    )
     shapes = ((5000, 16), (2, 4 * 26), (2, 4, 16), (2, 64))
     arrays = [jnp.zeros(s, jnp.float32 if i == 0 else jnp.int32) for i, s in enumerate(shapes)]
-    text = many.lower(*arrays, jnp.ones(2)).compile().as_text()
+    text = train_steps.lower(*arrays, jnp.ones(2)).compile().as_text()
     exchanged = re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
     print(json.dumps(found | {"exchanged": exchanged}))
 

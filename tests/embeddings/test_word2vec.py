@@ -88,8 +88,8 @@ def test_a_step_is_the_sum_of_the_gradients_of_its_pairs(kind, window):
                 for owner in owners:
                     expected[owner, :width] += g * y[word]
                 expected[word, width:] += g * h
-    many = jax.jit(functools.partial(word2vec._many, kind, window, negatives, lambda array: array))
-    found = many(table, word2vec.word_windows(ids[None], window, 1), against[None], windows[None], rate[None])
+    train_steps = jax.jit(functools.partial(word2vec._train_steps, kind, window, negatives, lambda array: array))
+    found = train_steps(table, word2vec.word_windows(ids[None], window, 1), against[None], windows[None], rate[None])
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -219,8 +219,10 @@ def test_a_step_of_glove_is_that_of_the_paper():
             gradient = slope * np.append(other, 1.0)
             expected[row, : width + 1] -= 0.05 * gradient / np.sqrt(table[row, width + 1 :])
             expected[row, width + 1 :] += gradient**2
-    many = jax.jit(functools.partial(glove._many, 10.0, 0.75, 0.05, lambda array: array))
-    np.testing.assert_allclose(many(table, word[None], context[None], count[None]), expected, rtol=1e-4, atol=1e-5)
+    train_steps = jax.jit(functools.partial(glove._train_steps, 10.0, 0.75, 0.05, lambda array: array))
+    np.testing.assert_allclose(
+        train_steps(table, word[None], context[None], count[None]), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_corpus_counts_lower_case_words_by_paragraphs(tmp_path):
@@ -234,6 +236,7 @@ def test_a_corpus_counts_lower_case_words_by_paragraphs(tmp_path):
 
 @hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(text=st.text("ab' \n\t", max_size=120), longest=st.sampled_from([5, 30, 1000]))
+@hypothesis.example(text="aaaa\taaa\taa", longest=5)
 def test_paragraphs_end_at_blank_lines_and_long_ones_between_words(text, longest, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(corpora, "_LONGEST", longest)

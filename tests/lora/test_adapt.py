@@ -250,6 +250,8 @@ def test_dropout_keeps_the_mean_and_its_share():
         ({"targets": ()}, "lora.targets is empty"),
         ({"targets": ("attention", "layers/9/mlp/up")}, "'layers/9/mlp/up' matches no weight"),
         ({"targets": ("q_proj",)}, r"'q_proj' matches no weight; did you mean 'layers/\.\*/query'\?"),
+        ({"targets": (r".*\.q_proj$",)}, r"q_proj\$' matches no weight; did you mean 'layers/\.\*/query'\?"),
+        ({"targets": ("c_fc|c_attn",)}, "the matrices of the model are embed/table, layers/N/attention/key, layers/N/"),
         ({"targets": ("q_proj, key",)}, r"several patterns are written as \('layers/\.\*/query', 'layers/\.\*/key'\)"),
         ({"targets": ("query",)}, r"'query' matches no weight; did you mean 'layers/\.\*/query'\?"),
         ({"targets": ("model.all-linear",)}, r"'model.all-linear' matches no weight; did you mean 'linear'\?"),

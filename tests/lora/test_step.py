@@ -80,7 +80,7 @@ def test_the_optimizer_holds_adapters_only_and_the_base_is_not_touched(make, tin
     one, state, frozen, batch = parts(model, base, cases.config(tiny, variant=variant), tiny)
     rebased = trees.fingerprint(frozen["base"])
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    assert size(state.optimizer) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)
+    assert size(state.opt_state) <= 2 * size(state.params) + 8 and size(state.params) < 0.5 * size(base)
     start, losses_seen = state.params, []
     for _ in range(4):
         state, metrics = one(state, frozen, batch)

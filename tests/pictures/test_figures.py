@@ -131,7 +131,7 @@ def test_the_candidates_of_a_step_are_those_of_the_sampler(loaded):
     assert sum(p > 0 for p in step.stages[2]) == 5 and step.final[step.candidates.index(step.chosen)] > 0
     (drawn,) = llm_jax.decoding.complete.complete(model, params, tokenizer, [TEXT], options)
     assert [s.chosen for s in result.steps][: len(drawn[0].generated.ids)] == drawn[0].generated.ids
-    assert len(result.drawn) == len(result.steps)
+    assert len(result.sampled) == len(result.steps)
 
 
 def test_neighbours_in_the_table_and_by_layer_are_those_of_numpy(loaded):

@@ -110,7 +110,7 @@ def test_commands_print_or_write(trained, tmp_path, text_file, cache):
         "--rows=1",
     )
     assert call("show", "rows", *rows, f"--html={page}").returncode == 0
-    assert page.read_text().count(", counts") == 32 and "32 targets count" in page.read_text()
+    assert page.read_text().count(", counts") == 32 and "32 counted targets" in page.read_text()
     printed = {
         "attention": (f"--text={TEXT}", "--layer=0", "--head=1"),
         "embeddings": ("--word=token", f"--text={TEXT}"),

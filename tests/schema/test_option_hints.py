@@ -104,6 +104,10 @@ CONVERT = ("convert", "--output=unused")
         (("quantize", "--num_samples=64"), "unknown flag --num_samples; did you mean --sequences?"),
         (("quantize", "--outtype=q8_0"), "unknown flag --outtype; did you mean --scheme?"),
         ((*CONVERT, "--input=x", "--to=safetensors"), "expected one of hf, gguf, peft; did you mean 'hf'?"),
+        (
+            ("quantize", "--checkpoint=x", "--output=y", "--scheme=gptq"),
+            "--scheme=gptq is a method; use --method=gptq with a scheme, e.g. --scheme=int4",
+        ),
         ((*CONVERT, "--input=x"), "error: --to is required; expected one of hf, gguf, peft"),
         (("generate", "--out_dir=x", "--prompt=a"), "unknown flag --out_dir; did you mean --checkpoint?"),
     ],

@@ -34,7 +34,7 @@ def _compare(config, rule, loss, model, params, other):
     parts = losses.make(loss, model, 8, reference)
     in_parts = step.make(parts, optimizer, rate, 0, 2, ema_decay=0.9, rows_together=together)
     state = step.init(optimizer, params, ema=True)
-    state_shardings = step.TrainState(copies, placed, optim.shardings(state.optimizer, params, placed, copies), placed)
+    state_shardings = step.TrainState(copies, placed, optim.shardings(state.opt_state, params, placed, copies), placed)
     on_mesh = jax.jit(
         mesh_lib.with_mesh(mesh, in_parts),
         in_shardings=(state_shardings, {"reference": placed}, mesh_lib.batch_sharding(mesh, 8)),
@@ -53,6 +53,6 @@ def _compare(config, rule, loss, model, params, other):
             now, metrics = function(now, {"reference": other}, batch)
             seen.append(float(metrics["loss"]))
         runs.append(seen)
-    leaves = jax.tree.leaves(now.optimizer)
+    leaves = jax.tree.leaves(now.opt_state)
     split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
     return *runs, split / sum(leaf.size for leaf in leaves)

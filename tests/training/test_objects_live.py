@@ -1,4 +1,4 @@
-"""Runs in object stores, on real servers: moto for s3://, fake-gcs-server for gs:// (requirements-objects.txt)."""
+"""Runs in object stores, on real servers: moto for s3://, fake-gcs-server for gs:// (requirements-object_store.txt)."""
 
 import contextlib
 import http.server
@@ -120,13 +120,13 @@ def killed_in_a_save(start, workdir, thresholds, processes=1):
     Args:
       thresholds: for each start, the step from which a checkpoint counts.
     """
-    from llm_jax import files, objects
+    from llm_jax import files, object_store
 
     unfinished = 0
     checkpoints = files.path(workdir) / "checkpoints"
 
     def begun():
-        return {name.split("/")[0] for name in objects.find(checkpoints) if name[0].isdigit()}
+        return {name.split("/")[0] for name in object_store.find(checkpoints) if name[0].isdigit()}
 
     def staged():
         return list((files.cache_directory() / "uploads").glob("*/*"))
@@ -137,7 +137,7 @@ def killed_in_a_save(start, workdir, thresholds, processes=1):
             if max(map(int, begun()), default=0) >= threshold or any(int(p.name) >= threshold for p in staged()):
                 break
         kill(process)
-        unfinished += bool(begun() - set(objects.finished(checkpoints)) or staged())
+        unfinished += bool(begun() - set(object_store.finished(checkpoints)) or staged())
     return unfinished
 
 
@@ -171,9 +171,9 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(start, un
 def test_a_second_trainer_is_refused_and_commands_read_the_run(start, environment, store, tmp_path):
     workdir = f"{store}://bucket/two"
     first = start(workdir, "--config.train.steps=400000", "--config.optim.schedule=constant")
-    from llm_jax import files, objects
+    from llm_jax import files, object_store
 
-    while not objects.find(files.path(workdir) / "checkpoints"):
+    while not object_store.find(files.path(workdir) / "checkpoints"):
         assert first.poll() is None, first.communicate()
         time.sleep(0.1)
     refused = finish(start(workdir, "--config.train.steps=400000", "--config.optim.schedule=constant"), code=2)
@@ -246,12 +246,12 @@ def test_a_store_that_cannot_be_used_is_one_line_within_a_minute(start, store, s
 @pytest.mark.parametrize("store", STORES)
 def test_a_store_that_hangs_ends_training_with_one_line_within_minutes(start, store):
     """It accepts connections and does not answer: in the training loop, and before the resumed run has its lock."""
-    from llm_jax import files, objects
+    from llm_jax import files, object_store
 
     workdir = f"{store}://bucket/hung"
     endless = ("--config.train.steps=400000", "--config.optim.schedule=constant")
     process = start(workdir, *endless)
-    while not objects.finished(files.path(workdir) / "checkpoints"):
+    while not object_store.finished(files.path(workdir) / "checkpoints"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     for resumed in (False, True):
@@ -267,11 +267,11 @@ def test_a_store_that_hangs_ends_training_with_one_line_within_minutes(start, st
         assert len(lines) == 1 and lines[0].startswith(f"error: {workdir}"), errors
         print(store, resumed, f"{time.monotonic() - began:.0f} s", lines[0])
         until = time.monotonic() + 60
-        while not objects.finished(files.path(workdir) / "checkpoints"):
+        while not object_store.finished(files.path(workdir) / "checkpoints"):
             assert time.monotonic() < until  # no checkpoint was lost
     process = start(workdir, *endless)
-    steps = max(map(int, objects.finished(files.path(workdir) / "checkpoints")))
-    while max(map(int, objects.finished(files.path(workdir) / "checkpoints")), default=0) <= steps:
+    steps = max(map(int, object_store.finished(files.path(workdir) / "checkpoints")))
+    while max(map(int, object_store.finished(files.path(workdir) / "checkpoints")), default=0) <= steps:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     kill(process)

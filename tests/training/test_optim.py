@@ -154,12 +154,12 @@ def test_resume_is_bitwise(make, tiny, tmp_path, kind):
     for _ in range(3):
         whole.append(update(whole[-1], None, batch)[0])
     writer = checkpoints.Writer(tmp_path, config, ByteTokenizer(), "")
-    writer.save(2, whole[2].params, whole[2].optimizer, None, ema=whole[2].ema)
+    writer.save(2, whole[2].params, whole[2].opt_state, None, ema=whole[2].ema)
     writer.close()
     directory = checkpoints.find(tmp_path)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), whole[2])
     read = run_form.restore_state(
-        directory, checkpoints.verify(directory), abstract.params, abstract.optimizer, abstract.ema
+        directory, checkpoints.verify(directory), abstract.params, abstract.opt_state, abstract.ema
     )
     loaded = checkpoints.load(directory, scan_layers=True).params  # what is loaded is the average
     jax.tree.map(np.testing.assert_array_equal, loaded, whole[2].ema)

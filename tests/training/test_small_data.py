@@ -219,7 +219,7 @@ def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
 
     def evaluator(rows, final):
         prepared = trainer.prepare(config_of("lines", **changes, eval__rows=rows, eval__final_rows=final))
-        return prepared, trainer.Evaluator(prepared.setup, prepared.inputs, {})
+        return prepared, trainer.Evaluator(prepared.setup, prepared.data, {})
 
     for rows, final, message in (
         (0, 0, ""),
@@ -232,7 +232,7 @@ def test_the_last_evaluation_has_its_own_number_of_rows(config_of):
         note = evaluator(rows, final)[1].final_note()
         assert re.search(message, note) and bool(message) == bool(note)
     prepared, few = evaluator(1, 3)
-    state, counted = prepared.setup.init(), [int(prepared.inputs.held_out[i]["mask"].sum()) for i in range(3)]
+    state, counted = prepared.setup.init(), [int(prepared.data.held_out[i]["mask"].sum()) for i in range(3)]
     assert few.evaluate(state, final=False)["validation_tokens"] == counted[0]
     assert few.evaluate(state, final=True)["validation_tokens"] == sum(counted)
 

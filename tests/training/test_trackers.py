@@ -15,7 +15,7 @@ from llm_jax import bars, configuration
 from llm_jax.errors import UserError
 from llm_jax.model.capture import capture
 from llm_jax.train import write_report
-from llm_jax.training import bad_steps, estimate, measures, trackers
+from llm_jax.training import bad_steps, estimate, measurements, trackers
 from llm_jax.training.memory import Memory
 from llm_jax.training.progress import Progress
 from llm_jax.training.setup import setup
@@ -180,7 +180,7 @@ def test_the_entropy_of_attention_is_that_of_the_captured_probabilities(make):
     ids = jax.random.randint(jax.random.key(0), (2, 150), 3, 259)
     positions = jnp.broadcast_to(jnp.arange(150), ids.shape)
     batch = {"inputs": ids, "positions": positions, "segments": jnp.ones_like(ids)}
-    statistics = jax.jit(measures.layer_statistics(model))(params, batch)
+    statistics = jax.jit(measurements.layer_statistics(model))(params, batch)
     assert {kind: list(values) for kind, values in statistics.items()} == {
         kind: ["layers/0", "layers/1"] for kind in ("activation", "attention_entropy")
     }

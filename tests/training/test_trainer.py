@@ -19,7 +19,7 @@ import llm_jax
 from llm_jax import checkpoints, trees
 from llm_jax.errors import UserError
 from llm_jax.training import attempts as attempts_lib
-from llm_jax.training import measures, trackers
+from llm_jax.training import profiler, trackers
 from tests.conftest import ROOT
 
 
@@ -121,7 +121,7 @@ def test_a_full_disk_loses_no_checkpoint(command, trained, tmp_path):
 def test_a_profile_of_a_finished_run_prints_a_note(tmp_path):
     lines: list[str] = []
     for start, enabled in ((8, True), (8, False), (7, True)):
-        measures.Profiler(tmp_path, start, 8, enabled, lines.append)
+        profiler.Profiler(tmp_path, start, 8, enabled, lines.append)
     assert lines == ["note: --profile writes no trace: the run has already reached train.steps=8"]
 
 

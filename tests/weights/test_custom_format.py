@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax import configuration, extensions, lora, trees, weights
 from llm_jax.errors import UserError
-from llm_jax.kernels import number_formats, own_format
+from llm_jax.kernels import custom_format, number_formats
 from llm_jax.parallel import mesh as mesh_lib
-from llm_jax.quant import partial, post_training, qat
+from llm_jax.quant import finished_layers, post_training, qat
 from llm_jax.weights import IN, OUT, Adapted, Encoded, FakeQuant
 
 FORMAT = """
@@ -189,8 +189,8 @@ def sharded(directory):
 
 def test_the_record_of_a_weight_rebuilds_it(tmp_path):
     tree = {"layer": weights.quantize(normal(0, 24, 40), STEPS, IN), "norm": jnp.ones(4)}
-    partial.write(tmp_path / "saved", tree, [])
-    restored, _ = partial.read(tmp_path / "saved")
+    finished_layers.write(tmp_path / "saved", tree, [])
+    restored, _ = finished_layers.read(tmp_path / "saved")
     assert trees.describe(restored) == trees.describe(tree)
     np.testing.assert_array_equal(weights.dense(restored["layer"]), tree["layer"].dense())
     assert weights.summary(tree["layer"]).startswith("Encoded(parts=(codes=uint8[24, 40], low=float32[1, 40])")
@@ -198,7 +198,7 @@ def test_the_record_of_a_weight_rebuilds_it(tmp_path):
     record = trees.describe(tree)["layer"]
     without = record | {"static": {"scheme": STEPS, "axis": IN}}
     assert "must record the hash" in refused(lambda: weights.abstract(without))
-    own_format._pinned.cache_clear()  # as in another process
+    custom_format._pinned.cache_clear()  # as in another process
     (tmp_path / "my_steps.py").write_text(FORMAT + "\n")
     assert "my_steps.py has changed since the checkpoint" in refused(lambda: weights.abstract(record))
     (tmp_path / "my_steps.py").unlink()
@@ -244,8 +244,8 @@ def test_refused(scheme):
 
 
 def test_names_of_built_in_schemes_are_no_files():
-    assert number_formats.scheme("int4:64").group == 64 and not number_formats.scheme("int8:tensor+a8").own
-    assert number_formats.scheme(STEPS).own and "FILE:NAME" in refused(lambda: number_formats.scheme("int44"))
+    assert number_formats.scheme("int4:64").group == 64 and not number_formats.scheme("int8:tensor+a8").custom
+    assert number_formats.scheme(STEPS).custom and "FILE:NAME" in refused(lambda: number_formats.scheme("int44"))
     assert "gives no QTensor" in refused(lambda: weights.to_qtensor(jnp.ones((4, 4)), STEPS, IN))
     assert "no weight supports" not in refused(
         lambda: weights.with_activations(weights.quantize(jnp.ones((4, 4)), STEPS, IN), "int8")

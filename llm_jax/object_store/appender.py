@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jax.errors import UserError
-from llm_jax.objects import store
+from llm_jax.object_store import store
 
 _UPLOAD_EVERY = 15.0  # seconds between uploads of an object that grows
 _REST = 10  # the time between these uploads, in durations of the last one

@@ -1,4 +1,4 @@
-"""Finished parts of a long computation on disk: weights of any kind, with notes in JSON."""
+"""Stores finished layers of a quantization on disk, from which an interrupted command resumes."""
 
 import pathlib
 from typing import Any

@@ -1,9 +1,9 @@
 """Object stores, gs://BUCKET/PATH and s3://BUCKET/PATH: requests, objects that grow, locks, and errors of clients."""
 
-from llm_jax.objects.appender import Appender
-from llm_jax.objects.faults import as_user_errors, explain
-from llm_jax.objects.locks import Lock
-from llm_jax.objects.store import (
+from llm_jax.object_store.appender import Appender
+from llm_jax.object_store.faults import as_user_errors, explain
+from llm_jax.object_store.locks import Lock
+from llm_jax.object_store.store import (
     LAST,
     PREFIXES,
     StoreError,

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 from llm_jax.errors import UserError
-from llm_jax.objects import store
+from llm_jax.object_store import store
 
 _CLIENTS = ("aiobotocore", "botocore", "gcsfs", "s3fs")
 

@@ -1,4 +1,4 @@
-"""Number formats of the user's own: a class with `encode` and `decode` (`extensions`).
+"""Custom number formats: a class with `encode` and `decode` (`extensions`).
 
     @dataclasses.dataclass(frozen=True)
     class Ternary:
@@ -30,8 +30,8 @@ KEY = "scheme"  # of the errors; the specification follows it
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnFormat:
-    """A number format of the user's own.
+class CustomFormat:
+    """A custom number format.
 
     Attributes:
       extension: the class and its options.
@@ -95,7 +95,7 @@ class OwnFormat:
         return self.extension.error(f"{name} returns {returned}")
 
 
-def load(specification: str) -> OwnFormat:
+def load(specification: str) -> CustomFormat:
     """The format of `FILE:NAME(OPTIONS)`, perhaps with `#SHA256`.
 
     Raises:
@@ -105,17 +105,17 @@ def load(specification: str) -> OwnFormat:
 
 
 @functools.lru_cache(64)
-def _pinned(specification: str) -> OwnFormat:
+def _pinned(specification: str) -> CustomFormat:
     extension = extensions.load(KEY, specification)
     if missing := [name for name in ("encode", "decode") if not callable(getattr(extension.target, name, None))]:
         raise extension.error(f"expected a class with the methods encode(w) and decode(parts); it lacks {missing[0]}")
-    return OwnFormat(extension, extension.call(extension.bind(extension.target)))
+    return CustomFormat(extension, extension.call(extension.bind(extension.target)))
 
 
 @functools.lru_cache(1024)
-def _shape(own: OwnFormat, axis: int, parts: tuple[tuple[str, tuple[int, ...], Any], ...]) -> tuple[int, ...]:
+def _shape(fmt: CustomFormat, axis: int, parts: tuple[tuple[str, tuple[int, ...], Any], ...]) -> tuple[int, ...]:
     abstract = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in parts}
-    return jax.eval_shape(lambda parts: own.decode(parts, axis), abstract).shape
+    return jax.eval_shape(lambda parts: fmt.decode(parts, axis), abstract).shape
 
 
 def _turned(w: jax.Array, axis: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Data formats of the user's own: a function from the path of a file to its documents (`extensions`).
+"""Custom data formats: a function from the path of a file to its documents (`extensions`).
 
     def documents(path, option=default):
         yield "a text"                  # or a record, {"text": "a text", ...}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 from llm_jax.errors import UserError
-from llm_jax.objects import clients
+from llm_jax.object_store import clients
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from llm_jax.errors import UserError
-from llm_jax.objects import store
+from llm_jax.object_store import store
 
 _BEAT = 5.0  # seconds between the signs of life of the holder of a lock
 _STALE = 30.0  # seconds without one after which a lock is taken over

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, files, objects, trees
+from llm_jax import checkpoints, files, object_store, trees
 from llm_jax.checkpoints import storage
 from llm_jax.errors import UserError
-from llm_jax.objects import appender, locks, store
+from llm_jax.object_store import appender, locks, store
 from llm_jax.training import start, trainer
 from tests.conftest import ROOT
 
@@ -120,7 +120,7 @@ def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch)
     successor._own["process"] = dead.pid
     successor._stop.set()
     successor._thread.join()
-    objects.write(directory / ".lock-2", successor._content(1))
+    object_store.write(directory / ".lock-2", successor._content(1))
     began = time.monotonic()
     third = files.lock(directory)  # without waiting: that process is gone
     assert time.monotonic() - began < 0.3
@@ -223,16 +223,16 @@ def test_a_call_is_not_waited_for_once_its_store_does_not_answer(directory, monk
     """A slow call is; afterwards requests fail at once, until the store answers again."""
     monkeypatch.setattr(store, "_PROBE", 0.02)
     monkeypatch.setattr(store, "_SILENT", 0.1)
-    assert objects.bounded(directory, lambda: time.sleep(0.3) or "slow") == "slow"
+    assert object_store.bounded(directory, lambda: time.sleep(0.3) or "slow") == "slow"
     with pytest.raises(ZeroDivisionError):
-        objects.bounded(directory, lambda: 1 / 0)
+        object_store.bounded(directory, lambda: 1 / 0)
     with monkeypatch.context() as hanging:
         hanging.setattr(store, "_ANSWER", 0.02)
         hanging.setattr(store, "_LIST_ONE", {"s3": lambda *arguments: time.sleep(1)})
         with pytest.raises(
             UserError, match="^s3://bucket/run: its store has not answered for .* s; check the network$"
         ):
-            objects.bounded(directory, lambda: time.sleep(5))
+            object_store.bounded(directory, lambda: time.sleep(5))
         with pytest.raises(UserError, match="the store does not answer"):
             files.write(directory / "a", "a")
         monkeypatch.setattr(store, "_PAUSE", 0.0)  # the store is looked for again, and still does not answer
@@ -252,10 +252,10 @@ def test_a_store_that_answers_with_an_error_is_not_given_up(directory, monkeypat
         raise error
 
     monkeypatch.setattr(store, "_LIST_ONE", {"s3": refuse})
-    assert objects.bounded(directory, lambda: time.sleep(0.2) or "slow") == "slow"
+    assert object_store.bounded(directory, lambda: time.sleep(0.2) or "slow") == "slow"
     error = type("ServerDisconnectedError", (type("ClientConnectionError", (Exception,), {}),), {})("no route")
-    with pytest.raises(objects.Unanswered, match="has not answered for"):
-        objects.bounded(directory, lambda: time.sleep(0.2))
+    with pytest.raises(object_store.Unanswered, match="has not answered for"):
+        object_store.bounded(directory, lambda: time.sleep(0.2))
     store._unanswering.clear()
 
 
@@ -289,17 +289,17 @@ def test_errors_of_clients_are_one_line_and_other_errors_stay(directory, tmp_pat
         raise PermissionError("no route")
 
     message = "^s3://bucket/run: cannot be read or written .no route.; give the account"
-    with pytest.raises(UserError, match=message), objects.as_user_errors(directory):
+    with pytest.raises(UserError, match=message), object_store.as_user_errors(directory):
         client["fail"]()
     for path, function in ((directory, fail), (tmp_path, client["fail"])):
-        with pytest.raises(PermissionError), objects.as_user_errors(path):
+        with pytest.raises(PermissionError), object_store.as_user_errors(path):
             function()
     explained = []
     for function in (client["fail"], fail):
         try:
             function()
         except PermissionError as error:
-            explained.append(objects.explain(error))
+            explained.append(object_store.explain(error))
     assert explained[0].startswith("an object store cannot be read or written (no route)") and explained[1] == ""
 
 
