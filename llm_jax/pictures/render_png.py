@@ -15,7 +15,7 @@ from llm_jax.pictures import colours
 from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table, number
 
 # Lengths are in inches.
-_WIDTH, _MARGIN, _TITLE, _GAP = 9.0, 0.25, 0.3, 0.3
+_WIDTH, _MARGIN, _TITLE, _LINE, _GAP = 9.0, 0.25, 0.3, 0.17, 0.3
 _DPI = 120
 _CELL = 0.17  # side of a cell of a single heatmap, height of a row of text
 _LETTER = 0.068  # width of a letter of a label
@@ -53,18 +53,21 @@ def figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
 def render(picture: Picture) -> bytes:
     """The content of a PNG file with the panels below each other."""
     heights = [_HEIGHTS[type(panel)](panel) for panel in picture.panels]
-    note = textwrap.fill(picture.note, 110)
-    height = 0.5 + sum(_TITLE + body + _GAP for body in heights) + 0.17 * (note.count("\n") + 2)
+    head, note = textwrap.fill(picture.title, 75), textwrap.fill(picture.note, 110)
+    titles = [textwrap.fill(panel.title, 100) for panel in picture.panels]
+    first = 0.5 + 0.22 * head.count("\n")  # the top of the first panel
+    title_heights = [_TITLE + _LINE * title.count("\n") for title in titles]
+    height = first + sum(heights) + sum(title_heights) + _GAP * len(heights) + _LINE * (note.count("\n") + 2)
     with figure(_WIDTH, height) as drawing:
 
         def write(text: str, top: float, size: float) -> None:
             drawing.text(_MARGIN / _WIDTH, 1 - top / height, plain(text), fontsize=size, va="top")
 
-        write(picture.title, 0.12, 13)
-        top = 0.5
-        for panel, body in zip(picture.panels, heights, strict=True):
-            write(panel.title, top, 10)
-            top += _TITLE
+        write(head, 0.12, 13)
+        top = first
+        for panel, body, title, title_height in zip(picture.panels, heights, titles, title_heights, strict=True):
+            write(title, top, 10)
+            top += title_height
             left, width, inner = _frame(panel, body)
             axis = drawing.add_axes((left / _WIDTH, 1 - (top + inner) / height, width / _WIDTH, inner / height))
             _RENDERERS[type(panel)](panel, axis)

@@ -1,5 +1,6 @@
 """Text, pages and images of panels: their structure, and, with a browser, that pages are readable."""
 
+import dataclasses
 import io
 import re
 import struct
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
+from llm_jax.pictures import render_png
 from llm_jax.pictures.drawable import Drawable
 from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table
 from tests.conftest import call
@@ -146,6 +148,16 @@ def test_invalid_requests_are_one_line_errors(trained, monkeypatch):
     ):
         done = call("show", *flags)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_no_title_of_an_image_is_cut():
+    """Each is longer than a line."""
+    from matplotlib import image
+
+    long = " ".join(["words"] * 40)
+    panels = (dataclasses.replace(LINES, title=long), dataclasses.replace(PASSAGE, title=long))
+    pixels = image.imread(io.BytesIO(render_png.render(Picture(long, panels, long))))
+    assert (pixels[:, -20:] == 1).all() and pixels.shape[1] == 1080
 
 
 USE = """

@@ -153,7 +153,7 @@ def test_another_experiment_in_the_same_directory_is_refused(tmp_path, base):
         UserError, match=r"started with --config.data.source=.*, now other.txt; choose another --output"
     ):
         run(data__source="other.txt")
-    with pytest.raises(UserError, match=r"started with --search: optim.lr=loguniform\(1e-4,1e-2\), now 1e-3; give"):
+    with pytest.raises(UserError, match=r"started with --search: optim.lr=loguniform\(1e-4,1e-2\), now 1e-3; choose"):
         run("optim.lr=1e-3")
     with pytest.raises(UserError, match=r"--search: model.width=None, now 32,64"):
         run("optim.lr=loguniform(1e-4, 1e-2); model.width=32,64")
@@ -181,6 +181,38 @@ def test_a_search_finds_the_best_rate_and_continues(tmp_path, base):
     assert best["optim.lr"] == pytest.approx(study.best_params["optim.lr"], rel=1e-3)
     config = configuration.load(tmp_path / f"trial-{study.best_trial.number:04d}" / "recipe.json")
     assert config.model.width == best["model.width"] and json.loads((tmp_path / "sweep.json").read_text())["command"]
+
+
+# A run that is evaluated at steps 4 and 8; one with a large learning rate has bad figures and does not end by itself.
+EVALUATED = """
+import json, pathlib, sys, time
+workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
+bad = json.loads((workdir / "recipe.json").read_text())["optim"]["lr"] == 1
+lines = [{"step": 4, "validation_bits_per_byte": 9 if bad else 3}, {"step": 8, "validation_bits_per_byte": 2}]
+(workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines[: 1 if bad else 2]))
+time.sleep(60 if bad else 1.5)  # the search reads the figures of running trials once a second
+(workdir / "summary.json").write_text(json.dumps({"steps": 8, **lines[1]}))
+"""
+
+
+@pytest.mark.live
+def test_a_bad_trial_is_pruned_and_a_complete_study_is_left_alone(tmp_path, base, monkeypatch):
+    monkeypatch.setitem(globals(), "TRAINER", EVALUATED)
+    options = {"shares": jobs.machine_shares(1), "provenance": Provenance("command")}
+
+    def run(trials, rate):
+        monkeypatch.setattr(search, "parse", lambda text: {"optim.lr": lambda trial: rate})
+        return search.run(base, "optim.lr=0.5,1", tmp_path, trials, **options)
+
+    run(5, 0.5)  # Optuna's MedianPruner prunes none of the first five
+    study, statuses = run(6, 1)
+    assert states(study) == ["COMPLETE"] * 5 + ["PRUNED"] and [status.state for status in statuses] == [jobs.ENDED]
+    # The last evaluation may be over other rows, so it is not compared with the periodic ones.
+    assert [trial.intermediate_values for trial in study.trials] == [{4: 3}] * 5 + [{4: 9}]
+    runs_before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    study, statuses = run(6, 1)
+    assert statuses == [] and len(study.trials) == 6
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == runs_before
 
 
 @pytest.mark.live
