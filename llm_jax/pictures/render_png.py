@@ -52,6 +52,8 @@ def figure(width: float, height: float, layout: Any = None) -> Iterator[Any]:
 
 def render(picture: Picture) -> bytes:
     """The content of a PNG file with the panels below each other."""
+    from matplotlib.transforms import Bbox
+
     heights = [_HEIGHTS[type(panel)](panel) for panel in picture.panels]
     head, note = textwrap.fill(picture.title, 75), textwrap.fill(picture.note, 110)
     titles = [textwrap.fill(panel.title, 100) for panel in picture.panels]
@@ -73,8 +75,9 @@ def render(picture: Picture) -> bytes:
             _RENDERERS[type(panel)](panel, axis)
             top += body + _GAP
         write(note, top, 8)
+        right = drawing.get_tightbbox().x1 + _MARGIN  # a wide table widens the image
         content = io.BytesIO()
-        drawing.savefig(content, format="png", dpi=_DPI)
+        drawing.savefig(content, format="png", dpi=_DPI, bbox_inches=Bbox([[0, 0], [max(_WIDTH, right), height]]))
     return content.getvalue()
 
 

@@ -150,14 +150,16 @@ def test_invalid_requests_are_one_line_errors(trained, monkeypatch):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_no_title_of_an_image_is_cut():
-    """Each is longer than a line."""
+def test_no_title_and_no_table_of_an_image_is_cut():
     from matplotlib import image
 
     long = " ".join(["words"] * 40)
     panels = (dataclasses.replace(LINES, title=long), dataclasses.replace(PASSAGE, title=long))
     pixels = image.imread(io.BytesIO(render_png.render(Picture(long, panels, long))))
     assert (pixels[:, -20:] == 1).all() and pixels.shape[1] == 1080
+    wide = dataclasses.replace(TABLE, rows=((long, 1, 1.0),))
+    pixels = image.imread(io.BytesIO(render_png.render(Picture("wide", (wide,), ""))))
+    assert (pixels[:, -20:] == 1).all() and pixels.shape[1] > 1080
 
 
 USE = """
