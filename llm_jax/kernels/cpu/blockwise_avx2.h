@@ -20,8 +20,9 @@ static SignedValues SignedValuesOf(const Product& p, const ByteValues& v) {
 // Rounded activations in the order of a format. V panels: those of the blocks where codes lie by inputs, else vectors of 32
 // bytes of an output. T parts of a byte with blocks of their own.
 struct Quads {
-  int64_t panels, sums, stride, of_panel;
-  std::vector<uint8_t> x;            // (M, V, of_panel)
+  int64_t panels, sums, stride;
+  int64_t of_row, of_panel;          // the distance of rows and of panels in x, in bytes
+  std::vector<uint8_t> x;            // by inputs (V, M, operands, 32), by outputs (M, V, operands, 32)
   std::vector<int32_t> start;        // by outputs: (M, V, T, 8), -zero times the sum of the codes of a quad
   std::vector<float> scale;          // by outputs: (M, V, T, 8)
   std::vector<float> total;          // (M, groups)
@@ -40,8 +41,10 @@ static void Divide(const Product& p, const Blocks& blocks, Quads* a) {
   a->stride = 32;
   a->sums = blocks.joint ? 1 : Format::kParts;
   a->panels = p.by_output ? (all + 31) / 32 : blocks.panels.size();
-  a->of_panel = Format::kOperands * a->stride;
-  a->x.resize(p.rows * a->panels * a->of_panel);
+  const int64_t together = Format::kOperands * a->stride;
+  a->of_panel = p.by_output ? together : p.rows * together;
+  a->of_row = p.by_output ? a->panels * together : together;
+  a->x.resize(p.rows * a->panels * together);
   a->total.resize(p.rows * groups);
   if (!p.by_output) return;
   a->start.resize(p.rows * a->panels * a->sums * 8);
@@ -57,9 +60,9 @@ static void Divide(const Product& p, const Blocks& blocks, Quads* a) {
 // Writes the activations of a row, which other threads do not write.
 template <typename Format>
 static void ArrangeRow(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, int64_t row, Quads* a) {
-  const int64_t count = blocks.list.size(), groups = NumGroups(p), of_row = a->panels * a->of_panel;
-  uint8_t* x = a->x.data() + row * of_row;
-  std::memset(x, 0, of_row);
+  const int64_t count = blocks.list.size(), groups = NumGroups(p);
+  uint8_t* x = a->x.data() + row * a->of_row;
+  if (p.by_output) std::memset(x, 0, a->of_row);  // what a last vector has after the last input
   const int64_t lanes = a->panels * a->sums * 8;
   if (p.by_output) std::fill_n(a->scale.data() + row * lanes, lanes, 0.0f);
   for (size_t j = 0; j < blocks.panels.size(); ++j) {
@@ -125,7 +128,7 @@ static inline __attribute__((always_inline)) void HalfTile(const Product& p, con
   __m256 sums[ROWS][2];
   const uint8_t* x[ROWS];
   for (int m = 0; m < ROWS; ++m) {
-    x[m] = a.x.data() + ((row + m) * a.panels + t.panel) * a.of_panel;
+    x[m] = a.x.data() + (row + m) * a.of_row + t.panel * a.of_panel;
     for (int k = 0; k < 2; ++k) sums[m][k] = t.panel ? _mm256_loadu_ps(y + m * stride + 16 * k) : _mm256_setzero_ps();
   }
   const auto of_x = [&](int m, int64_t q, int i, int) { return FourBytes(x[m] + i * 32 + 4 * q); };
@@ -248,7 +251,7 @@ static inline __attribute__((always_inline)) void TwoOutputs(const Quads& a, int
                                  _mm256_permutevar8x32_ps(_mm256_loadu_ps(first + scale_stride), lane)};
     const auto load_vector = [&](int64_t) { load(j); };
     const auto of_x = [&](int m, int64_t, int i, int) {
-      return Load32(a.x.data() + ((row + m) * a.panels + j) * a.of_panel + i * 32);
+      return Load32(a.x.data() + (row + m) * a.of_row + j * a.of_panel + i * 32);
     };
     for (int s = 0; s < a.sums; ++s) {
       __m256i acc[ROWS][2][1];
