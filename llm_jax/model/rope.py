@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.errors import UserError
+from llm_jax.kernels import target
 from llm_jax.schema import PositionConfig, choice
 
 # Letters of shapes: B batch, T time, N heads, H head width, F frequencies (half the rotated width).
@@ -78,7 +79,7 @@ def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Ar
     wide = jnp.promote_types(jnp.float32, x.dtype)
     angles_BTF = positions[..., None].astype(jnp.float32) * frequencies(c, width, length)
     factor = attention_factor(c)
-    sin, cos = (f(angles_BTF)[:, :, None].astype(wide) * factor for f in (jnp.sin, jnp.cos))
+    sin, cos = (values_BTF[:, :, None].astype(wide) * factor for values_BTF in _sin_cos(angles_BTF))
     rotary, unrotated = x[..., :width].astype(wide), x[..., width:]
     if c.interleaved:
         first, second = rotary[..., ::2], rotary[..., 1::2]
@@ -87,6 +88,17 @@ def rotate(c: PositionConfig, x: jax.Array, positions: jax.Array, length: jax.Ar
     rotated = [first * cos - second * sin, second * cos + first * sin]
     rotary = jnp.stack(rotated, -1).reshape(rotary.shape) if c.interleaved else jnp.concatenate(rotated, -1)
     return jnp.concatenate([rotary.astype(x.dtype), unrotated], -1) if unrotated.shape[-1] else rotary.astype(x.dtype)
+
+
+def _sin_cos(angles_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sines and cosines of angles, float32 (B, T, F) each."""
+    functions = (jnp.sin, jnp.cos)
+    if target.platform() != "cpu" or angles_BTF.shape[1] == 1:
+        return functions[0](angles_BTF), functions[1](angles_BTF)
+    # XLA for CPUs would compute them again for every head and use, where they take longer than the rotation. It does not
+    # fuse the body of a loop with operations outside it.
+    sin, cos = jax.lax.map(lambda i: jax.lax.switch(i, functions, angles_BTF), jnp.arange(2))
+    return sin, cos
 
 
 def frequencies(c: PositionConfig, width: int, length: jax.Array | None) -> jax.Array:

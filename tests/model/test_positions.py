@@ -18,6 +18,7 @@ from llm_jax.errors import UserError
 from llm_jax.model import distances, positions, rope
 from llm_jax.model.attention import TokenMetadata
 from llm_jax.model.transformer import Transformer, check_length, consecutive
+from tests import compilation
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("rope_golden.json").read_text())
 
@@ -76,6 +77,28 @@ def test_phases_are_f32_whatever_the_compute_dtype(position):
     low = np.asarray(rope.rotate(config, jnp.asarray(x, jnp.bfloat16), jnp.asarray(where), None), np.float32)
     # bf16 angles would be off by up to 4 radians here; rounding the result is off by 2^-8.
     np.testing.assert_allclose(low, rotated(config, x, where), atol=0.04)
+
+
+@pytest.mark.parametrize("case", [{}, {"interleaved": True}, {"partial_rotary_factor": 0.5}], ids=str)
+def test_rows_of_tokens_are_rotated_as_single_tokens(position, case):
+    config, where = position(kind="rope", **case), np.asarray([[3, 0, 1023, 70000], [0, 1, 2, 3]])
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, 16)).astype(np.float32)
+    rows = rotated(config, x, where)
+    single = [rotated(config, x[:, i : i + 1], where[:, i : i + 1]) for i in range(4)]
+    np.testing.assert_allclose(rows, np.concatenate(single, 1), rtol=0, atol=1e-6)
+    assert np.max(np.abs(rows - x)) > 1
+
+
+def test_on_cpus_sines_are_computed_once(position):
+    config, shape = position(kind="rope"), jax.ShapeDtypeStruct((2, 16, 4, 16), jnp.float32)
+
+    def scores(q, k, where):
+        q, k = (rope.rotate(config, x, where, None) for x in (q, k))
+        return jnp.sum(jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k)) ** 2)
+
+    gradient = jax.jit(jax.grad(scores, (0, 1)))
+    lowered = gradient.lower(shape, shape, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    assert compilation.with_optimized_hlo(lowered).as_text().count(" sine(") == 1
 
 
 def test_interleaved_pairs_are_neighbours_and_the_rest_stays(position):

@@ -20,8 +20,9 @@ static SignedValues SignedValuesOf(const Product& p, const ByteValues& v) {
 // Rounded activations in the order of a format. V panels: those of the blocks where codes lie by inputs, else vectors of 32
 // bytes of an output. T parts of a byte with blocks of their own.
 struct Quads {
-  int64_t panels, sums, stride, of_panel;
-  std::vector<uint8_t> x;            // (M, V, of_panel)
+  int64_t panels, sums, stride;
+  int64_t of_row, of_panel;          // the distance of rows and of panels in x, in bytes
+  std::vector<uint8_t> x;            // by inputs (V, M, operands, 32), by outputs (M, V, operands, 32)
   std::vector<int32_t> start;        // by outputs: (M, V, T, 8), -zero times the sum of the codes of a quad
   std::vector<float> scale;          // by outputs: (M, V, T, 8)
   std::vector<float> total;          // (M, groups)
@@ -40,8 +41,10 @@ static void Divide(const Product& p, const Blocks& blocks, Quads* a) {
   a->stride = 32;
   a->sums = blocks.joint ? 1 : Format::kParts;
   a->panels = p.by_output ? (all + 31) / 32 : blocks.panels.size();
-  a->of_panel = Format::kOperands * a->stride;
-  a->x.resize(p.rows * a->panels * a->of_panel);
+  const int64_t together = Format::kOperands * a->stride;
+  a->of_panel = p.by_output ? together : p.rows * together;
+  a->of_row = p.by_output ? a->panels * together : together;
+  a->x.resize(p.rows * a->panels * together);
   a->total.resize(p.rows * groups);
   if (!p.by_output) return;
   a->start.resize(p.rows * a->panels * a->sums * 8);
@@ -57,9 +60,9 @@ static void Divide(const Product& p, const Blocks& blocks, Quads* a) {
 // Writes the activations of a row, which other threads do not write.
 template <typename Format>
 static void ArrangeRow(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, int64_t row, Quads* a) {
-  const int64_t count = blocks.list.size(), groups = NumGroups(p), of_row = a->panels * a->of_panel;
-  uint8_t* x = a->x.data() + row * of_row;
-  std::memset(x, 0, of_row);
+  const int64_t count = blocks.list.size(), groups = NumGroups(p);
+  uint8_t* x = a->x.data() + row * a->of_row;
+  if (p.by_output) std::memset(x, 0, a->of_row);  // what a last vector has after the last input
   const int64_t lanes = a->panels * a->sums * 8;
   if (p.by_output) std::fill_n(a->scale.data() + row * lanes, lanes, 0.0f);
   for (size_t j = 0; j < blocks.panels.size(); ++j) {
@@ -112,30 +115,23 @@ struct TileOfPanel {
   alignas(32) float scales[kColumns], offsets[kColumns];
 };
 
-// ROWS rows of x times half a tile. `codes(q, i, w)` are its expanded codes.
+// ROWS rows of x times half a tile. `codes(q, i, w)` are its expanded codes; `y` is the tile of the first of these rows, and
+// `stride` the distance of rows.
 template <typename Format, int ROWS, typename Load, typename Codes>
 static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Blocks& blocks, int32_t zero,
                                                            const Rounded& r, const Quads& a, const TileOfPanel& t,
-                                                           int64_t row, int64_t half, const Load& load, const Codes& codes) {
+                                                           int64_t row, int64_t half, float* y, int64_t stride,
+                                                           const Load& load, const Codes& codes) {
   const Panel& panel = blocks.panels[t.panel];
-  const int64_t count = blocks.list.size(), groups = NumGroups(p);
-  const bool last = t.panel + 1 == a.panels || blocks.panels[t.panel + 1].group != panel.group;
+  const int64_t count = blocks.list.size();
+  y += 8 * half;
   __m256 sums[ROWS][2];
-  alignas(32) float edge[8];
-  float* y[ROWS][2];
+  const uint8_t* x[ROWS];
   for (int m = 0; m < ROWS; ++m) {
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
-      y[m][k] = p.y + (row + m) * p.outputs + t.column + at;
-      sums[m][k] = _mm256_setzero_ps();
-      if (!t.panel || inside <= 0) continue;
-      if (inside < 8) std::memcpy(edge, y[m][k], 4 * inside);
-      sums[m][k] = _mm256_loadu_ps(inside < 8 ? edge : y[m][k]);
-    }
+    x[m] = a.x.data() + (row + m) * a.of_row + t.panel * a.of_panel;
+    for (int k = 0; k < 2; ++k) sums[m][k] = t.panel ? _mm256_loadu_ps(y + m * stride + 16 * k) : _mm256_setzero_ps();
   }
-  const auto of_x = [&](int m, int64_t q, int i, int) {
-    return FourBytes(a.x.data() + ((row + m) * a.panels + t.panel) * a.of_panel + i * 32 + 4 * q);
-  };
+  const auto of_x = [&](int m, int64_t q, int i, int) { return FourBytes(x[m] + i * 32 + 4 * q); };
   const __m256 scales[2] = {_mm256_load_ps(t.scales + 8 * half), _mm256_load_ps(t.scales + 8 * half + 16)};
   for (int s = 0; s < a.sums; ++s) {
     __m256i acc[ROWS][2][1];
@@ -159,17 +155,13 @@ static inline __attribute__((always_inline)) void HalfTile(const Product& p, con
       sums[m][1] = AddScaled(ordered[1], scale, scales[1], sums[m][1]);
     }
   }
+  const bool last_of_group = t.panel + 1 == a.panels || blocks.panels[t.panel + 1].group != panel.group;
+  for (int m = 0; m < ROWS && p.offset.kind != kNone && last_of_group; ++m) {
+    const __m256 total = _mm256_set1_ps(a.total[(row + m) * NumGroups(p) + panel.group]);
+    for (int k = 0; k < 2; ++k) sums[m][k] = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + 8 * half + 16 * k), sums[m][k]);
+  }
   for (int m = 0; m < ROWS; ++m) {
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
-      if (inside <= 0) break;
-      if (last && p.offset.kind != kNone) {
-        const __m256 total = _mm256_set1_ps(a.total[(row + m) * groups + panel.group]);
-        sums[m][k] = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + at), sums[m][k]);
-      }
-      _mm256_storeu_ps(inside < 8 ? edge : y[m][k], sums[m][k]);
-      if (inside < 8) std::memcpy(y[m][k], edge, 4 * inside);
-    }
+    for (int k = 0; k < 2; ++k) _mm256_storeu_ps(y + m * stride + 16 * k, sums[m][k]);
   }
 }
 
@@ -179,14 +171,19 @@ static void Columns(const Product& p, const Blocks& blocks, const SignedValues& 
   constexpr int OPERANDS = Format::kOperands;
   constexpr int64_t kFewRows = 16;
   const Format format(v.bytes);
-  const bool few = last_row - first_row <= kFewRows;
+  const int64_t rows = last_row - first_row, rest = (end - begin) % kColumns;
+  const bool few = rows <= kFewRows;
   alignas(32) __m256i expanded[kBlock / 4 * OPERANDS * 2];
   alignas(64) uint8_t copy[kBlock * kLine];
-  TileOfPanel t;
+  thread_local std::vector<float> edge;  // a last tile of fewer outputs; keeps its memory from call to call
+  if (rest) edge.resize(rows * kColumns);
+  TileOfPanel t{};
   const auto tile = [&](int64_t j, int64_t column) {
     const Panel& panel = blocks.panels[j];
     const uint8_t* w = p.codes + panel.begin * p.outputs + column;
     t.panel = j, t.column = column, t.width = std::min(kColumns, end - column), t.quads = (panel.size + 3) / 4;
+    float* y = t.width < kColumns ? edge.data() : p.y + first_row * p.outputs + column;
+    const int64_t stride = t.width < kColumns ? kColumns : p.outputs;
     const uint8_t* codes_of_tile = copy + (column - begin) % kLine;
     if (few) {
       if (codes_of_tile == copy) CopyTile(w, p.outputs, panel.size, end - column, copy);
@@ -200,8 +197,8 @@ static void Columns(const Product& p, const Blocks& blocks, const SignedValues& 
       __m256i quads[2];
       const auto load = [&](int64_t q) { LoadQuads(codes_of_tile + 4 * q * kLine, half, quads); };
       const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(quads[0], i), out[1] = format.Expand(quads[1], i); };
-      if (last_row - first_row == 1) {
-        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row, half, load, codes);
+      if (rows == 1) {
+        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row, half, y, stride, load, codes);
         continue;
       }
       for (int64_t q = 0; q < t.quads; ++q) {
@@ -211,11 +208,14 @@ static void Columns(const Product& p, const Blocks& blocks, const SignedValues& 
       const __m256i* at = expanded;
       const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
       const auto expanded_codes = [&](int i, __m256i* out) { out[0] = at[2 * i], out[1] = at[2 * i + 1]; };
-      int64_t row = first_row;
-      for (; row + kRows <= last_row; row += kRows) {
-        HalfTile<Format, kRows>(p, blocks, v.zero, r, a, t, row, half, from, expanded_codes);
+      int64_t row = 0;
+      for (; row + kRows <= rows; row += kRows) {
+        HalfTile<Format, kRows>(p, blocks, v.zero, r, a, t, first_row + row, half, y + row * stride, stride, from,
+                                expanded_codes);
       }
-      for (; row < last_row; ++row) HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, row, half, from, expanded_codes);
+      for (; row < rows; ++row) {
+        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row + row, half, y + row * stride, stride, from, expanded_codes);
+      }
     }
   };
   if (few) {  // bound by memory, which is read in the order of addresses
@@ -227,10 +227,13 @@ static void Columns(const Product& p, const Blocks& blocks, const SignedValues& 
         tile(j, column);
       }
     }
-    return;
+  } else {
+    for (int64_t column = begin; column < end; column += kColumns) {
+      for (int64_t j = 0; j < a.panels; ++j) tile(j, column);
+    }
   }
-  for (int64_t column = begin; column < end; column += kColumns) {
-    for (int64_t j = 0; j < a.panels; ++j) tile(j, column);
+  for (int64_t row = 0; row < rows && rest; ++row) {
+    std::memcpy(p.y + (first_row + row) * p.outputs + end - rest, edge.data() + row * kColumns, 4 * rest);
   }
 }
 
@@ -248,7 +251,7 @@ static inline __attribute__((always_inline)) void TwoOutputs(const Quads& a, int
                                  _mm256_permutevar8x32_ps(_mm256_loadu_ps(first + scale_stride), lane)};
     const auto load_vector = [&](int64_t) { load(j); };
     const auto of_x = [&](int m, int64_t, int i, int) {
-      return Load32(a.x.data() + ((row + m) * a.panels + j) * a.of_panel + i * 32);
+      return Load32(a.x.data() + (row + m) * a.of_row + j * a.of_panel + i * 32);
     };
     for (int s = 0; s < a.sums; ++s) {
       __m256i acc[ROWS][2][1];
@@ -349,7 +352,10 @@ static void Outputs(const Product& p, const Blocks& blocks, bool table, const Si
   WithFormat(p, table, [&](auto* f) {
     using Format = std::remove_pointer_t<decltype(f)>;
     if (p.by_output) return Rows<Format>(p, v, a, first_row, last_row, begin, end);
-    Columns<Format>(p, blocks, v, r, a, first_row, last_row, begin, end);
+    constexpr int64_t kMost = 64;  // rows whose activations and outputs of a tile stay in the caches
+    for (int64_t row = first_row; row < last_row; row += kMost) {
+      Columns<Format>(p, blocks, v, r, a, row, std::min(row + kMost, last_row), begin, end);
+    }
   });
 }
 

@@ -176,10 +176,11 @@ struct TileOfPanel {
   alignas(32) float scales[kColumns], offsets[kColumns];
 };
 
-// A row of x times half a tile. `load(q)` makes four rows of codes current, `codes(i, w)` expands these.
+// A row of x times half a tile, whose outputs are at y. `load(q)` makes four rows of codes current, `codes(i, w)` expands these.
 template <typename Format, typename Load, typename Codes>
 static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Activations& a, const TileOfPanel& t,
-                                                           int64_t row, int64_t half, const Load& load, const Codes& codes) {
+                                                           int64_t row, int64_t half, float* y, const Load& load,
+                                                           const Codes& codes) {
   constexpr int DIGITS = Format::kDigits;
   const Panel& panel = a.panels[t.panel];
   const int64_t num_panels = a.panels.size(), index = row * num_panels + t.panel;
@@ -194,19 +195,14 @@ static inline __attribute__((always_inline)) void HalfTile(const Product& p, con
   const __m256 unit = _mm256_set1_ps(a.unit[index]);
   const bool last_of_group = t.panel + 1 == num_panels || a.panels[t.panel + 1].group != panel.group;
   for (int k = 0; k < 2; ++k) {
-    const int64_t at = 8 * half + 16 * k, inside = std::min<int64_t>(8, t.width - at);
-    if (inside <= 0) break;
-    float* y = p.y + row * p.outputs + t.column + at;
-    alignas(32) float edge[8] = {};
-    if (inside < 8 && t.panel) std::memcpy(edge, y, 4 * inside);
-    __m256 sum = t.panel ? _mm256_loadu_ps(inside < 8 ? edge : y) : _mm256_setzero_ps();
+    const int64_t at = 8 * half + 16 * k;
+    __m256 sum = t.panel ? _mm256_loadu_ps(y + at) : _mm256_setzero_ps();
     sum = _mm256_fmadd_ps(_mm256_mul_ps(ordered[k], unit), _mm256_load_ps(t.scales + at), sum);
     if (p.offset.kind != kNone && last_of_group) {
       const __m256 total = _mm256_set1_ps(a.total[row * NumGroups(p) + panel.group]);
       sum = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + at), sum);
     }
-    _mm256_storeu_ps(inside < 8 ? edge : y, sum);
-    if (inside < 8) std::memcpy(y, edge, 4 * inside);
+    _mm256_storeu_ps(y + at, sum);
   }
 }
 
@@ -214,15 +210,20 @@ static inline __attribute__((always_inline)) void HalfTile(const Product& p, con
 template <typename Format>
 static void Columns(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
   constexpr int OPERANDS = Format::kOperands;
+  const int64_t rest = (end - begin) % kColumns;
   const Format format(TableOf<Format>(p, values));
   alignas(32) __m256i expanded[kPanelBytes / 4 * OPERANDS * 2];
   alignas(64) uint8_t copy[kPanelBytes * kLine];
-  TileOfPanel t;
+  thread_local std::vector<float> edge;  // a last tile of fewer outputs; keeps its memory from call to call
+  if (rest) edge.resize(p.rows * kColumns);
+  TileOfPanel t{};
   for (t.panel = 0; t.panel < static_cast<int64_t>(a.panels.size()); ++t.panel) {
     const Panel& panel = a.panels[t.panel];
     Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
     for (t.column = begin; t.column < end; t.column += kColumns) {
       t.width = std::min(kColumns, end - t.column);
+      float* y = t.width < kColumns ? edge.data() : p.y + t.column;
+      const int64_t stride = t.width < kColumns ? kColumns : p.outputs;
       const uint8_t* tile = copy + (t.column - begin) % kLine;
       if (tile == copy) CopyTile(p.codes + panel.begin * p.outputs + t.column, p.outputs, panel.size, end - t.column, copy);
       ahead.Fetch((panel.size * t.width + 63) / 64);
@@ -233,7 +234,7 @@ static void Columns(const Product& p, const Values& values, const Activations& a
         const auto load = [&](int64_t q) { LoadQuads(tile + 4 * q * kLine, half, quads); };
         const auto codes = [&](int i, __m256i* w) { w[0] = format.Expand(quads[0], i), w[1] = format.Expand(quads[1], i); };
         if (a.finite.size() == 1) {
-          HalfTile<Format>(p, a, t, a.finite[0], half, load, codes);
+          HalfTile<Format>(p, a, t, a.finite[0], half, y + a.finite[0] * stride, load, codes);
           continue;
         }
         for (int64_t q = 0; 4 * q < panel.size; ++q) {
@@ -243,9 +244,12 @@ static void Columns(const Product& p, const Values& values, const Activations& a
         const __m256i* at = expanded;
         const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
         const auto expanded_codes = [&](int i, __m256i* w) { w[0] = at[2 * i], w[1] = at[2 * i + 1]; };
-        for (int64_t row : a.finite) HalfTile<Format>(p, a, t, row, half, from, expanded_codes);
+        for (int64_t row : a.finite) HalfTile<Format>(p, a, t, row, half, y + row * stride, from, expanded_codes);
       }
     }
+  }
+  for (int64_t row : a.finite) {
+    if (rest) std::memcpy(p.y + row * p.outputs + end - rest, edge.data() + row * kColumns, 4 * rest);
   }
 }
 
