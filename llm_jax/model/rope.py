@@ -95,8 +95,8 @@ def _sin_cos(angles_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
     functions = (jnp.sin, jnp.cos)
     if target.platform() != "cpu" or angles_BTF.shape[1] == 1:
         return functions[0](angles_BTF), functions[1](angles_BTF)
-    # XLA for CPUs would compute them again for every head and use, where they take longer than the rotation. It does not
-    # fuse the body of a loop with operations outside it.
+    # XLA for CPUs would compute them again for every head and use, where they take longer than the rotation. It does
+    # not fuse the body of a loop with operations outside it.
     sin, cos = jax.lax.map(lambda i: jax.lax.switch(i, functions, angles_BTF), jnp.arange(2))
     return sin, cos
 
