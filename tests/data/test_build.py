@@ -36,7 +36,8 @@ if __name__ == "__main__":
     build._SMALLEST = 20_000
     if len(sys.argv) > 4:
         # of the tokenizing, not of the scan
-        build.processes = types.SimpleNamespace(each=stuck, number=local_engine.number)
+        assert build.local_engine is local_engine
+        build.local_engine = types.SimpleNamespace(run_jobs=stuck, num_workers=local_engine.num_workers)
     source = Source(data_config(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])))
     print("scanned", flush=True)
     source.corpus(tokenizers.get("byte").train([], 0))
@@ -106,6 +107,8 @@ def test_a_killed_build_resumes_from_its_finished_parts(lines, tmp_path, workers
     while len(parts(tmp_path)) < 6:
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+    time.sleep(0.2)
+    assert process.poll() is None, process.communicate()  # it waits after six parts
     process.send_signal(signal.SIGKILL)
     process.communicate()
     time.sleep(0.5)  # processes of the killed one end

@@ -183,10 +183,10 @@ def test_the_average_is_its_formula(tiny):
         want = {path: d * want[path] + (1 - d) * np.asarray(now[path], np.float64) for path in want}
         for path, got in trees.flatten(state.ema).items():
             np.testing.assert_allclose(got, want[path], rtol=1e-4)
-    assert step.init(optimizer, params).ema is None and step.init(optimizer, params).model is params
+    assert step.init(optimizer, params).ema is None and step.init(optimizer, params).eval_params is params
     half = step.init(optimizer, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), ema=True)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.ema)} == {"float32"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.model)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.eval_params)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
