@@ -17,8 +17,9 @@ from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
-# {bits of a code: maximum number of rows}. With more rows, XLA's matmul of the expanded weight is faster.
-MAX_ROWS = {8: 4, 4: 16, 2: 16}
+# Maximum numbers of rows, by the bits of a code: with more, XLA's matmul of the expanded weight is faster.
+_MAX_ROWS = {8: 4, 4: 16, 2: 16}
+_MAX_ROWS_IN_TILES = 48
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # int32 sums of this many products do not overflow
 
@@ -30,12 +31,17 @@ def unsupported_reason(
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
     if reason := _unsupported_weight(x, codes, s, axis, contracted):
         return reason
-    most_rows = MAX_ROWS[number_formats.FORMATS[s.format].bits]
+    most_rows = max_rows(codes, s)
     if not 1 <= rows <= most_rows:
         return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
     if x.dtype != jnp.float32 or jnp.dtype(accumulate) != jnp.float32:  # XLA rounds the weight to the dtype of x
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     return native.unusable_reason()
+
+
+def max_rows(codes: tuple[Any, ...], s: Scheme) -> int:
+    """The maximum number of rows of float32 activations that the kernels multiply with a weight."""
+    return _MAX_ROWS_IN_TILES if tiles.is_tiled(codes[0]) else _MAX_ROWS[number_formats.FORMATS[s.format].bits]
 
 
 def unsupported_blockwise_reason(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> str:
