@@ -54,7 +54,7 @@ def llm_jax(weights: str, batches: Sequence[int], prefill: bool = True) -> Job:
     model, params, _ = checkpoints.load(MODEL, dtype=dtype, as_stored=weights == "as stored")
     if weights not in ("float32", "bfloat16", "as stored"):
         params = post_training.quantize_params(params, post_training.rules(weights, "int8"), "weights")
-    params = weights_lib.with_activations(params, activations)
+    params = weights_lib.lay_out(weights_lib.with_activations(params, activations))  # as `checkpoints.load`
     sampler = DecodingOptions(temperature=0).sampler()
 
     def generate(batch: int, prompt: int, new: int) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import configuration, files, trees
+from llm_jax import configuration, files, trees, weights
 from llm_jax.checkpoints.adapters import Adapters
 from llm_jax.checkpoints.checkpoint import Checkpoint, Loaded, abstract_params
 from llm_jax.checkpoints.gguf_model import Gguf
@@ -187,6 +187,6 @@ def write_run(
       generation: the content of generation_config.json, if there is one.
     """
     writer = Writer(directory, config, tokenizer, corpus, generation=generation)
-    writer.save(0, params, {}, None)
+    writer.save(0, weights.in_rows(params), {}, None)
     writer.close()
     files.write_json(directory / "config.json", configuration.as_dict(config))

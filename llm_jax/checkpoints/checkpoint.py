@@ -149,6 +149,8 @@ class Checkpoint(abc.ABC):
             del params  # one weight at a time exists in both dtypes
             params = trees.unflatten({path: weights.cast(flat.pop(path), dtype) for path in list(flat)})
         params = weights.with_activations(params, activations)
+        if not mesh:
+            params = weights.lay_out(params)
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
 
     def _on_mesh(self, sizes: str) -> Shardings:

@@ -163,7 +163,8 @@ def save(
         raise UserError(f"--format={format} cannot be written; expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1")
     arch, json_config = architecture(config)
     encoder = ARCHITECTURES[arch].encoder
-    flat = {path: weight for path, weight in trees.flatten(params).items() if not path.startswith("pooler/")}
+    flat = trees.flatten(weights.in_rows(params))
+    flat = {path: weight for path, weight in flat.items() if not path.startswith("pooler/")}
     config = dataclasses.replace(config, pooler=False)
     parts = assemble.by_tensor(assemble.specs(names.gguf(ARCHITECTURES[arch].fused, encoder), trees.unflatten(flat)))
     heads = _heads(arch, config)

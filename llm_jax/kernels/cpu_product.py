@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels import native, number_formats
+from llm_jax.kernels import native, number_formats, tiles
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: M rows of activations, C the contracted axis of the weight, F its free one.
 
-# {bits of a code: maximum number of rows}. With more rows, XLA's matmul of the expanded weight is faster.
-MAX_ROWS = {8: 4, 4: 16, 2: 16}
+# Maximum numbers of rows, by the bits of a code: with more, XLA's matmul of the expanded weight is faster.
+_MAX_ROWS = {8: 4, 4: 16, 2: 16}
+_MAX_ROWS_IN_TILES = 48
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # int32 sums of this many products do not overflow
 
@@ -30,12 +31,17 @@ def unsupported_reason(
     rows = x.size // x.shape[-1] if x.shape[-1] else 0
     if reason := _unsupported_weight(x, codes, s, axis, contracted):
         return reason
-    most_rows = MAX_ROWS[number_formats.FORMATS[s.format].bits]
+    most_rows = max_rows(codes, s)
     if not 1 <= rows <= most_rows:
         return f"{rows} rows of activations; the kernels of {s.format} take 1 to {most_rows}"
     if x.dtype != jnp.float32 or jnp.dtype(accumulate) != jnp.float32:  # XLA rounds the weight to the dtype of x
         return f"{x.dtype} activations with {jnp.dtype(accumulate)} sums"
     return native.unusable_reason()
+
+
+def max_rows(codes: tuple[Any, ...], s: Scheme) -> int:
+    """The maximum number of rows of float32 activations that the kernels multiply with a weight."""
+    return _MAX_ROWS_IN_TILES if tiles.is_tiled(codes[0]) else _MAX_ROWS[number_formats.FORMATS[s.format].bits]
 
 
 def unsupported_blockwise_reason(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> str:
@@ -50,7 +56,7 @@ def _unsupported_weight(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: i
         return f"the format {s.format} has no kernel"
     if axis + 2 != contracted:
         return "the groups do not lie along the contracted axis"
-    if codes[0].ndim != 2 or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
+    if (codes[0].ndim != 2 and not tiles.is_tiled(codes[0])) or x.shape[-1] > _MOST_INPUTS or not codes[0].size:
         return f"codes of the shape {codes[0].shape}"
     return ""
 
@@ -66,7 +72,8 @@ def products(
     Args:
       x: float32 (..., C).
       weights: (codes, scale, offset) of each weight, whose groups lie along C: axis -2 for a weight (C, F), -1 for
-        (F, C); all of the scheme s. The scale may be (codes, scale, mean) itself.
+        (F, C); all of the scheme s. The scale may be (codes, scale, mean) itself. Weights of axis -2 may all be in
+        tiles (`tiles.to_tiles`).
       path: a name of `native.PATHS`, for tests.
 
     Returns:
@@ -101,12 +108,29 @@ def blockwise_products(
 def _call(
     target: str, x: jax.Array, weights: Sequence[tuple[Any, ...]], s: Scheme, axis: int, path: str
 ) -> tuple[jax.Array, ...]:
-    inputs, outputs = x.shape[-1], [codes[0].shape[1 if axis == -2 else 0] for codes in weights]
+    inputs, outputs = x.shape[-1], [_num_outputs(codes[0], axis) for codes in weights]
     results = [jax.ShapeDtypeStruct((x.size // inputs, size), jnp.float32) for size in outputs]
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     operands = [operand for codes in weights for operand in _operands(codes)]
     ys = call(x.reshape(-1, inputs), *operands, **_attributes(weights[0], s, axis, inputs, path))
     return tuple(y.reshape(*x.shape[:-1], size) for y, size in zip(ys, outputs, strict=True))
+
+
+def expanded_weight(codes: tuple[Any, ...], s: Scheme, path: str = "auto") -> jax.Array:
+    """The values of a weight in tiles: float32 (C, F), as by `number_formats.decode`.
+
+    Args:
+      codes: (codes, scale, offset), see `tiles.to_tiles`.
+      s, path: as for `products`.
+    """
+    inputs = codes[0].shape[1] * tiles.ROWS * (8 // number_formats.FORMATS[s.format].bits)
+    result = jax.ShapeDtypeStruct((inputs, _num_outputs(codes[0], -2)), jnp.float32)
+    call = jax.ffi.ffi_call("llm_jax_expanded_weight", result, vmap_method="sequential")
+    return call(*_operands(codes), **_attributes(codes, s, -2, inputs, path))
+
+
+def _num_outputs(codes: jax.Array, axis: int) -> int:
+    return codes.shape[0] * tiles.OUTPUTS if tiles.is_tiled(codes) else codes.shape[1 if axis == -2 else 0]
 
 
 def _operands(codes: tuple[Any, ...]) -> tuple[jax.Array, ...]:

@@ -1,6 +1,7 @@
 """Reports which kernels multiply quantized weights on this machine and why, tests them, and measures their speed."""
 
 import functools
+import itertools
 import os
 import time
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels import cpu_attention, cpu_product, matmul, native, number_formats, pallas, target
+from llm_jax.kernels import cpu_attention, cpu_product, matmul, native, number_formats, pallas, target, tiles
 from llm_jax.kernels.number_formats import Scheme
 
 _TOLERANCE = 1e-5  # of a self-test, relative to the sum of the magnitudes of the terms of an output
@@ -44,16 +45,18 @@ def run(rows: int, inputs: int, outputs: int) -> int:
     print(f"path      {path}: {why}; the paths are {', '.join(native.PATHS[1:])}")
     reason = native.amx_reason(library)
     print(f"amx       {f'not used: {reason}' if reason else 'used for 16 and more rows of 8-bit activations'}")
+    reason = tiles.unusable_reason()
+    print(f"layout    {f'rows of codes: {reason}' if reason else f'tiles of {tiles.OUTPUTS} outputs, from loading on'}")
     print(f"threads   of XLA, for {len(os.sched_getaffinity(0))} cores; JAX runs on {jax.default_backend()}")
     print("choices   by number of rows of activations; XLA computes more rows than a kernel supports")
     for name in number_formats.WEIGHT_SCHEMES:
         scheme = number_formats.scheme(name)
-        codes, *rest = _request(name, 256, 8)
+        codes, *rest = _request(name, 256, tiles.OUTPUTS)
         if scheme.activations:
             reason, limit = cpu_product.unsupported_integer_reason(jnp.ones((1, 256), jnp.int8), codes[0]), "any rows"
         else:
             reason = cpu_product.unsupported_reason(jnp.ones((1, 256)), codes, *rest)
-            limit = f"1 to {cpu_product.MAX_ROWS[number_formats.FORMATS[scheme.format].bits]} rows"
+            limit = f"1 to {cpu_product.max_rows(_laid_out(codes, scheme), scheme)} rows"
         print(f"  {name:<12} {f'XLA: {reason}' if reason else f'kernel, {limit}'}")
     print(f"  {'NAME+a8':<12} as NAME, with any rows of activations that are rounded to 8 bits (--activations=int8)")
     reason = cpu_attention.unsupported_reason(*_heads(256)[:2])
@@ -117,15 +120,16 @@ def _check_pallas(rows: int, inputs: int, outputs: int) -> int:
 
 def self_test(names: list[str]) -> str:
     """Compares the kernels, for every scheme, with XLA; returns what differs, or ""."""
-    for name in names:
-        codes, s, axis, contracted, _ = _request(name, 192, 77)
+    for name, outputs in itertools.product(names, (77, 80)):  # in rows, and where kernels read them in tiles
+        codes, s, axis, contracted, _ = _request(name, 192, outputs)
+        laid_out = _laid_out(codes, s)
         x = jax.random.normal(jax.random.key(1), (3, 192))
-        result = cpu_product.product(x, codes, s, axis)
+        result = cpu_product.product(x, laid_out, s, axis)
         expected = _reference(x, codes, s)
         error = jnp.max(jnp.abs(result - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
             return f"the relative error of {name} is {float(error):.1e}; expected less than {_TOLERANCE}"
-        (rounded,) = cpu_product.blockwise_products(x, [codes], s, axis)
+        (rounded,) = cpu_product.blockwise_products(x, [laid_out], s, axis)
         (expected,) = matmul.xla_blockwise_products(x, [codes], s, axis, contracted)
         error = jnp.max(jnp.abs(rounded - expected) / _reference(jnp.abs(x), codes, s, magnitudes=True))
         if not error < _TOLERANCE:
@@ -142,6 +146,15 @@ def self_test(names: list[str]) -> str:
         if not (result == -15 * 192).all():
             return "the product of integers is wrong"
     return ""
+
+
+def _laid_out(codes: matmul.Codes, s: Scheme) -> matmul.Codes:
+    """The codes of a weight as `weights.lay_out` passes them to the kernels of this process."""
+    return (
+        codes
+        if tiles.unsupported_reason(codes[0].shape, s, _AXIS) or tiles.unusable_reason()
+        else tiles.to_tiles(codes)
+    )
 
 
 def _heads(keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -201,15 +214,12 @@ def _measure(names: list[str], rows: int, inputs: int, outputs: int, dtype: Any 
             xla = jax.jit(
                 functools.partial(matmul.xla_product, s=scheme, axis=axis, contracted=contracted, accumulate=accumulate)
             )
-            for function, widths in ((kernel, (8, 9, 6)), (xla, (12, 9, 6))):
-                if (
-                    compiled
-                    and function is kernel
-                    and count > cpu_product.MAX_ROWS[number_formats.FORMATS[scheme.format].bits]
-                ):
+            laid_out = _laid_out(codes, scheme)
+            for function, operand, widths in ((kernel, laid_out, (8, 9, 6)), (xla, codes, (12, 9, 6))):
+                if compiled and function is kernel and count > cpu_product.max_rows(operand, scheme):
                     line += " " * sum(widths)
                     continue
-                seconds = _seconds(function, x, codes)
+                seconds = _seconds(function, x, operand)
                 rates = size / seconds, flops / seconds, base / seconds
                 line += "".join(f"{rate:>{width}.1f}" for rate, width in zip(rates, widths, strict=True))
             print(line, flush=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llm_jax.kernels import cpu_product, native, number_formats, pallas, target
+from llm_jax.kernels import cpu_product, native, number_formats, pallas, target, tiles
 from llm_jax.kernels.number_formats import Scheme
 
 # Letters of shapes: ... leading axes of x, C the contracted axis of the weight, F its free one.
@@ -134,6 +134,7 @@ def xla_blockwise_products(
     x: jax.Array, weights: Sequence[Codes], s: Scheme, axis: int, contracted: int
 ) -> tuple[jax.Array, ...]:
     """As `blockwise_products`, by XLA: the reference of the kernel."""
+    weights = [tiles.from_tiles(codes) for codes in weights]
     values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
     rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
     return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
@@ -152,8 +153,9 @@ def expanded_products(
 
     Args:
       x: float (..., C).
-      weights: (codes, scale, offset) of each weight (I, O), see `number_formats.encode`; all of the scheme s. Where the
-        scheme quantizes its scales, a scale is (codes, scale, offset) with the scheme `number_formats.nested`.
+      weights: (codes, scale, offset) of each weight (I, O), see `number_formats.encode`; all of the scheme s, and in
+        tiles (`tiles.to_tiles`) all or none. Where the scheme quantizes its scales, a scale is (codes, scale, offset)
+        with the scheme `number_formats.nested`.
       axis: axis of the groups, -2 or -1.
       contracted: axis of the weight that the product sums over, 0 or 1.
       accumulate: dtype of the sums.
@@ -167,7 +169,11 @@ def expanded_products(
     """
 
     def by_xla(x, codes):
-        return xla_product(x, codes, s, axis, contracted, accumulate).astype(out_dtype)
+        return xla_product(x, tiles.from_tiles(codes), s, axis, contracted, accumulate).astype(out_dtype)
+
+    def by_expansion(x, weights):
+        expanded = [cpu_product.expanded_weight(codes, s) for codes in weights]
+        return tuple(_product(x, w, contracted, accumulate).astype(out_dtype) for w in expanded)
 
     def by_cpu(x, weights):
         return tuple(y.astype(out_dtype) for y in cpu_product.products(x, weights, s, axis))
@@ -181,9 +187,14 @@ def expanded_products(
         pairs = zip(weights, reasons, strict=True)
         return tuple(by_xla(x, codes) if reason else _on_device(kernel, by_xla, x, codes) for codes, reason in pairs)
     unsupported = any(cpu_product.unsupported_reason(x, codes, s, axis, contracted, accumulate) for codes in weights)
-    if unsupported or native.library() is None:
+    if native.library() is None or (unsupported and not _can_expand(weights)):
         return all_by_xla(x, weights)
-    return lax.platform_dependent(x, tuple(weights), cpu=by_cpu, default=all_by_xla)
+    on_cpu = by_expansion if unsupported else by_cpu
+    return lax.platform_dependent(x, tuple(weights), cpu=on_cpu, default=all_by_xla)
+
+
+def _can_expand(weights: Sequence[Codes]) -> bool:
+    return tiles.is_tiled(weights[0][0]) and not native.unusable_reason()
 
 
 def _on_device(kernel: Any, by_xla: Any, *arguments: Any) -> jax.Array:

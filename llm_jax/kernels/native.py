@@ -29,6 +29,7 @@ TARGETS = {  # name of a custom call of XLA -> symbol of its handler
     "llm_jax_quantized_product": "LlmJaxQuantizedProduct",
     "llm_jax_blockwise_product": "LlmJaxBlockwiseProduct",
     "llm_jax_integer_product": "LlmJaxIntegerProduct",
+    "llm_jax_expanded_weight": "LlmJaxExpandedWeight",
     "llm_jax_bfloat16_product": "LlmJaxBFloat16Product",
     "llm_jax_cached_attention": "LlmJaxCachedAttention",
 }

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llm_jax import checkpoints, runtime, tokenizers, trees
+from llm_jax import checkpoints, runtime, tokenizers, trees, weights
 from llm_jax.checkpoints import Checkpoint, abstract_params
 from llm_jax.checkpoints.checkpoint import with_dtype
 from llm_jax.data import rows as rows_lib
@@ -137,7 +137,8 @@ class Setup:
         losses.check_reference(name, checkpoint.config, c, other, tokenizer)
         dtype = c.precision.params if checkpoint.run_config is None else None  # as `_reference`
         loaded = checkpoint.load(scan_layers=c.scan_layers, dtype=dtype)
-        return jax.device_put(loaded.params, self.shardings(loaded.params))
+        params = weights.in_rows(loaded.params)
+        return jax.device_put(params, self.shardings(params))
 
     def init(self, base: Any = None, reference: Any = None) -> TrainState:
         """Returns the training state before the first step.

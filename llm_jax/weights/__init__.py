@@ -34,6 +34,7 @@ from llm_jax.weights.quantized import (
     to_qtensor,
     with_activations,
 )
+from llm_jax.weights.tiled import TiledQTensor, in_rows, lay_out
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,6 +49,7 @@ __all__ = [
     "InputDropout",
     "Node",
     "QTensor",
+    "TiledQTensor",
     "Weight",
     "abstract",
     "bits_per_weight",
@@ -57,9 +59,11 @@ __all__ = [
     "dot",
     "dots",
     "gather",
+    "in_rows",
     "is_dense",
     "is_quantized",
     "kind",
+    "lay_out",
     "num_bytes",
     "partition",
     "quantize",

@@ -226,7 +226,7 @@ def _share_activations(q: Weight, w: Weight) -> bool:
     """Whether one kernel call can compute the products of x with `q` and `w`: they need the same preparation of x."""
     return (
         isinstance(q, QTensor)
-        and isinstance(w, QTensor)
+        and type(w) is type(q)
         and number_formats.scheme(q.scheme).activations in ("", "blocks")
         and (w.scheme, w.axis, w.smooth, q.smooth) == (q.scheme, IN, None, None)
         and (w.offset is None) == (q.offset is None)

@@ -49,7 +49,10 @@ def test_codes_are_unchanged_after_writing_and_reading_blocks(vocabulary, tmp_pa
     codes = post_training.quantize_params(params, post_training.rules(scheme, "int8:32"), "here")
     formats = gguf_model.save(tmp_path / "m.gguf", config, codes, vocabulary, "F16")
     assert formats["blk.0.attn_q.weight"] == kind and formats["token_embd.weight"] == "Q8_0"
-    kept = checkpoints.load(tmp_path / "m.gguf", as_stored=True).params
+    loaded = checkpoints.load(tmp_path / "m.gguf", as_stored=True).params
+    assert gguf_model.save(tmp_path / "again.gguf", config, loaded, vocabulary, "F16") == formats
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    kept = weights.in_rows(loaded)
     assert trees.describe(kept) == trees.describe(codes)
     jax.tree.map(np.testing.assert_array_equal, kept, codes)
     rounded = weights.with_activations(codes, "int8")  # the activations of products do not change the blocks

@@ -32,6 +32,7 @@ class CScales(ctypes.Structure):
         ("inner_rows", ctypes.c_int64),
         ("inner_columns", ctypes.c_int64),
         ("mean", ctypes.c_float),
+        ("tiled", ctypes.c_int64),
     ]
 
 
@@ -40,7 +41,7 @@ class CProduct(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in "rows inputs outputs kind bits group by_output".split()),
+        *((name, ctypes.c_int64) for name in "rows inputs outputs kind bits group by_output tiled".split()),
         ("table", ctypes.c_void_p),
         ("scale", CScales),
         ("offset", CScales),
@@ -104,23 +105,41 @@ class Product:
         y_at: int = 0,
         scale_at: int = 0,
         blockwise: bool = False,
+        tiled: bool = False,
         **fields: int,
     ) -> np.ndarray:
         """The result of the kernel, float32 (rows, outputs); addresses replace those of arrays, `fields` those of it.
 
         Args:
           blockwise: use the kernel that rounds activations to 8 bits.
+          tiled: pass the codes and scales in tiles; see `tiles`.
 
         Raises:
           ValueError: the kernel refuses the sizes.
         """
         y = self.no_result()
+        arrays = self.tiles() if tiled else {}
+        addresses = {name: array.ctypes.data for name, array in arrays.items()}
+        codes_at, scale_at = codes_at or addresses.get("codes", 0), scale_at or addresses.get("scale", 0)
         request = self.request(y_at or y.ctypes.data, codes_at, x_at, scale_at)
+        if tiled:
+            request.tiled, request.scale.tiled = True, self.scale.shape[1] > 1
+            if self.offset is not None:
+                request.offset.data, request.offset.tiled = addresses["offset"], self.offset.shape[1] > 1
         for name, value in fields.items():
             setattr(request, name, value)
         if reason := call([request], path, threads, blockwise):
             raise ValueError(reason)
         return y
+
+    def tiles(self) -> dict[str, np.ndarray]:
+        """Codes, scale and offset, each in tiles as in product.h."""
+        codes = self.codes.reshape(self.codes.shape[0] // 4, 4, -1, 16).transpose(2, 0, 3, 1)
+        arrays = {"codes": codes, "scale": self.scale} | ({} if self.offset is None else {"offset": self.offset})
+        for name in ("scale", "offset"):
+            if name in arrays and arrays[name].shape[1] > 1:
+                arrays[name] = arrays[name].reshape(arrays[name].shape[0], -1, 16).transpose(1, 0, 2)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def no_result(self) -> np.ndarray:
         """NaN in the shape of the result."""
@@ -139,6 +158,7 @@ class Product:
             self.bits,
             self.group,
             int(self.by_output),
+            0,  # tiled
             0 if table is None else table.ctypes.data,
             _scales(self.scale, self.scale_kind, self.inner),
             CScales() if self.offset is None else _scales(self.offset, str(self.offset.dtype), None),

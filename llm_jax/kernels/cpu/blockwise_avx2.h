@@ -109,30 +109,24 @@ static inline __m256 AddScaled(__m256 acc, __m256 scale, __m256 of_weight, __m25
   return _mm256_fmadd_ps(_mm256_mul_ps(acc, scale), of_weight, sum);
 }
 
-// A tile of outputs and one panel, where codes lie by inputs.
-struct TileOfPanel {
-  int64_t panel, column, width, quads;
-  alignas(32) float scales[kColumns], offsets[kColumns];
+// A panel of a tile of 16 outputs, where codes lie by inputs or in tiles.
+struct PanelOfTile {
+  int64_t panel, quads;
+  const float *scales, *offsets;  // of the outputs
 };
 
-// ROWS rows of x times half a tile. `codes(q, i, w)` are its expanded codes; `y` is the tile of the first of these rows, and
-// `stride` the distance of rows.
+// sums += ROWS rows of x, from `row` on, times a panel of a tile. `load(q)` makes a quad of codes current, `codes(i, w)`
+// expands it.
 template <typename Format, int ROWS, typename Load, typename Codes>
-static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Blocks& blocks, int32_t zero,
-                                                           const Rounded& r, const Quads& a, const TileOfPanel& t,
-                                                           int64_t row, int64_t half, float* y, int64_t stride,
-                                                           const Load& load, const Codes& codes) {
+static inline __attribute__((always_inline)) void AddPanel(const Product& p, const Blocks& blocks, int32_t zero,
+                                                           const Rounded& r, const Quads& a, const PanelOfTile& t,
+                                                           int64_t row, SumsOfTile* sums, const Load& load, const Codes& codes) {
   const Panel& panel = blocks.panels[t.panel];
   const int64_t count = blocks.list.size();
-  y += 8 * half;
-  __m256 sums[ROWS][2];
   const uint8_t* x[ROWS];
-  for (int m = 0; m < ROWS; ++m) {
-    x[m] = a.x.data() + (row + m) * a.of_row + t.panel * a.of_panel;
-    for (int k = 0; k < 2; ++k) sums[m][k] = t.panel ? _mm256_loadu_ps(y + m * stride + 16 * k) : _mm256_setzero_ps();
-  }
+  for (int m = 0; m < ROWS; ++m) x[m] = a.x.data() + (row + m) * a.of_row + t.panel * a.of_panel;
   const auto of_x = [&](int m, int64_t q, int i, int) { return FourBytes(x[m] + i * 32 + 4 * q); };
-  const __m256 scales[2] = {_mm256_load_ps(t.scales + 8 * half), _mm256_load_ps(t.scales + 8 * half + 16)};
+  const __m256 scales[2] = {_mm256_loadu_ps(t.scales), _mm256_loadu_ps(t.scales + 8)};
   for (int s = 0; s < a.sums; ++s) {
     __m256i acc[ROWS][2][1];
     const int64_t block = row * count + panel.block + s;
@@ -147,93 +141,76 @@ static inline __attribute__((always_inline)) void HalfTile(const Product& p, con
     }
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; ++m) {
-      const __m256 f[2] = {_mm256_cvtepi32_ps(acc[m][0][0]), _mm256_cvtepi32_ps(acc[m][1][0])};
       const __m256 scale = _mm256_set1_ps(r.scale[block + m * count]);
-      __m256 ordered[2];
-      InOrder(f, ordered);
-      sums[m][0] = AddScaled(ordered[0], scale, scales[0], sums[m][0]);
-      sums[m][1] = AddScaled(ordered[1], scale, scales[1], sums[m][1]);
+      for (int k = 0; k < 2; ++k) {
+        float* sum = sums[m].of_output + 8 * k;
+        _mm256_store_ps(sum, AddScaled(_mm256_cvtepi32_ps(acc[m][k][0]), scale, scales[k], _mm256_load_ps(sum)));
+      }
     }
   }
   const bool last_of_group = t.panel + 1 == a.panels || blocks.panels[t.panel + 1].group != panel.group;
   for (int m = 0; m < ROWS && p.offset.kind != kNone && last_of_group; ++m) {
     const __m256 total = _mm256_set1_ps(a.total[(row + m) * NumGroups(p) + panel.group]);
-    for (int k = 0; k < 2; ++k) sums[m][k] = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + 8 * half + 16 * k), sums[m][k]);
-  }
-  for (int m = 0; m < ROWS; ++m) {
-    for (int k = 0; k < 2; ++k) _mm256_storeu_ps(y + m * stride + 16 * k, sums[m][k]);
+    for (int k = 0; k < 2; ++k) {
+      float* sum = sums[m].of_output + 8 * k;
+      _mm256_store_ps(sum, _mm256_fmadd_ps(total, _mm256_loadu_ps(t.offsets + 8 * k), _mm256_load_ps(sum)));
+    }
   }
 }
 
+// Codes that lie by inputs or in tiles: the outputs [begin, end) of the rows [first_row, last_row) of x.
 template <typename Format>
 static void Columns(const Product& p, const Blocks& blocks, const SignedValues& v, const Rounded& r, const Quads& a,
                     int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
   constexpr int OPERANDS = Format::kOperands;
-  constexpr int64_t kFewRows = 16;
   const Format format(v.bytes);
-  const int64_t rows = last_row - first_row, rest = (end - begin) % kColumns;
-  const bool few = rows <= kFewRows;
+  const int64_t rows = last_row - first_row;
   alignas(32) __m256i expanded[kBlock / 4 * OPERANDS * 2];
-  alignas(64) uint8_t copy[kBlock * kLine];
-  thread_local std::vector<float> edge;  // a last tile of fewer outputs; keeps its memory from call to call
-  if (rest) edge.resize(rows * kColumns);
-  TileOfPanel t{};
-  const auto tile = [&](int64_t j, int64_t column) {
-    const Panel& panel = blocks.panels[j];
-    const uint8_t* w = p.codes + panel.begin * p.outputs + column;
-    t.panel = j, t.column = column, t.width = std::min(kColumns, end - column), t.quads = (panel.size + 3) / 4;
-    float* y = t.width < kColumns ? edge.data() : p.y + first_row * p.outputs + column;
-    const int64_t stride = t.width < kColumns ? kColumns : p.outputs;
-    const uint8_t* codes_of_tile = copy + (column - begin) % kLine;
-    if (few) {
-      if (codes_of_tile == copy) CopyTile(w, p.outputs, panel.size, end - column, copy);
-    } else {
-      codes_of_tile = copy;
-      CopyTile(w, p.outputs, panel.size, t.width, copy);
-    }
-    LoadScales(p.scale, panel.group, column, t.width, t.scales);
-    if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, column, t.width, t.offsets);
-    for (int64_t half = 0; half < 2 && 8 * half < t.width; ++half) {
-      __m256i quads[2];
-      const auto load = [&](int64_t q) { LoadQuads(codes_of_tile + 4 * q * kLine, half, quads); };
-      const auto codes = [&](int i, __m256i* out) { out[0] = format.Expand(quads[0], i), out[1] = format.Expand(quads[1], i); };
-      if (rows == 1) {
-        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row, half, y, stride, load, codes);
-        continue;
+  static thread_local std::vector<SumsOfTile> sums;  // keeps its memory from call to call
+  sums.resize(rows);
+  static thread_local std::vector<float> scales, offsets;  // (groups, 16)
+  scales.resize(NumGroups(p) * kTileOutputs);
+  offsets.resize(p.offset.kind == kNone ? 0 : scales.size());
+  for (int64_t line = begin; line < end; line += kLine) {
+    const Tiles tiles(p, blocks.panels, line, std::min(line + kLine, end));
+    for (int64_t n = line; n < std::min(line + kLine, end); n += kTileOutputs) {
+      const int64_t width = std::min(kTileOutputs, end - n);
+      const uint8_t* quads = tiles.Of(n);
+      std::fill_n(sums.begin(), rows, SumsOfTile{});
+      ScalesOfTile(p.scale, NumGroups(p), n, width, scales.data());
+      if (p.offset.kind != kNone) ScalesOfTile(p.offset, NumGroups(p), n, width, offsets.data());
+      PanelOfTile t{};
+      for (t.panel = 0; t.panel < a.panels; ++t.panel, quads += t.quads * kQuadBytes) {
+        const Panel& panel = blocks.panels[t.panel];
+        t.quads = NumQuads(panel.size);
+        t.scales = scales.data() + panel.group * kTileOutputs;
+        t.offsets = offsets.data() + panel.group * kTileOutputs;
+        __m256i quad[2];
+        const auto load = [&](int64_t q) { LoadQuad(quads + q * kQuadBytes, quad); };
+        const auto codes = [&](int i, __m256i* w) { w[0] = format.Expand(quad[0], i), w[1] = format.Expand(quad[1], i); };
+        if (rows == 1) {
+          AddPanel<Format, 1>(p, blocks, v.zero, r, a, t, first_row, sums.data(), load, codes);
+          continue;
+        }
+        for (int64_t q = 0; q < t.quads; ++q) {
+          load(q);
+          for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
+        }
+        const __m256i* at = expanded;
+        const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
+        const auto expanded_codes = [&](int i, __m256i* w) { w[0] = at[2 * i], w[1] = at[2 * i + 1]; };
+        int64_t row = 0;
+        for (; row + kRows <= rows; row += kRows) {
+          AddPanel<Format, kRows>(p, blocks, v.zero, r, a, t, first_row + row, sums.data() + row, from, expanded_codes);
+        }
+        for (; row < rows; ++row) {
+          AddPanel<Format, 1>(p, blocks, v.zero, r, a, t, first_row + row, sums.data() + row, from, expanded_codes);
+        }
       }
-      for (int64_t q = 0; q < t.quads; ++q) {
-        load(q);
-        for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
-      }
-      const __m256i* at = expanded;
-      const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
-      const auto expanded_codes = [&](int i, __m256i* out) { out[0] = at[2 * i], out[1] = at[2 * i + 1]; };
-      int64_t row = 0;
-      for (; row + kRows <= rows; row += kRows) {
-        HalfTile<Format, kRows>(p, blocks, v.zero, r, a, t, first_row + row, half, y + row * stride, stride, from,
-                                expanded_codes);
-      }
-      for (; row < rows; ++row) {
-        HalfTile<Format, 1>(p, blocks, v.zero, r, a, t, first_row + row, half, y + row * stride, stride, from, expanded_codes);
-      }
-    }
-  };
-  if (few) {  // bound by memory, which is read in the order of addresses
-    for (int64_t j = 0; j < a.panels; ++j) {
-      const Panel& panel = blocks.panels[j];
-      Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
-      for (int64_t column = begin; column < end; column += kColumns) {
-        ahead.Fetch((panel.size * std::min(kColumns, end - column) + 63) / 64);
-        tile(j, column);
+      for (int64_t m = 0; m < rows; ++m) {
+        std::memcpy(p.y + (first_row + m) * p.outputs + n, sums[m].of_output, 4 * width);
       }
     }
-  } else {
-    for (int64_t column = begin; column < end; column += kColumns) {
-      for (int64_t j = 0; j < a.panels; ++j) tile(j, column);
-    }
-  }
-  for (int64_t row = 0; row < rows && rest; ++row) {
-    std::memcpy(p.y + (first_row + row) * p.outputs + end - rest, edge.data() + row * kColumns, 4 * rest);
   }
 }
 

@@ -18,6 +18,7 @@
 #include "machine.h"
 #include "parts.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace llm_jax {
 
@@ -95,6 +96,9 @@ static void Vnni(const Product& p, Path path, const Blocks& blocks, const ByteVa
 template <typename Schedule>
 static void Run(const Product* products, int64_t count, Path path, int64_t threads, const Schedule& schedule) {
   if (path == kAuto) path = FastestPath();
+  if (products[0].tiled && path != kAvx2 && path != kAvx512) {
+    return Run(Untiled(products, count).data(), count, path, threads, schedule);
+  }
   const Product& p = products[0];
   const Blocks blocks = BlocksOf(p);
   const ByteValues values = ByteValuesOf(p);
@@ -114,6 +118,7 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
     signed_values = avx2::SignedValuesOf(p, values);
     avx2::Divide(p, blocks, values.table, quads);
   }
+  if (products[0].tiled && !quads) return Run(Untiled(products, count).data(), count, path, threads, schedule);
 #endif
   constexpr int64_t kRowsOfPart = 16;
   const bool again = p.rows <= kRowsOfPart;

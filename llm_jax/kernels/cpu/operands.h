@@ -23,10 +23,20 @@ struct Weight {
   ffi::Span<const float> values, scale_values;
 };
 
+// Sets data and shape from a matrix, or from (columns / 16, rows, 16).
+inline bool SetShape(const ffi::AnyBuffer& scale, Scales* s) {
+  const auto shape = scale.dimensions();
+  const bool tiled = shape.size() == 3 && shape[2] == kTileOutputs;
+  if (shape.size() != 2 && !tiled) return false;
+  *s = Scales{scale.untyped_data(), kNone, shape[tiled ? 1 : 0], tiled ? shape[0] * kTileOutputs : shape[1],
+              nullptr, nullptr, 0, 0, 0.0f, tiled};
+  return true;
+}
+
 inline bool ToScales(const Weight& w, Scales* s) {
-  const auto shape = w.scale.dimensions(), inner_shape = w.inner.dimensions();
-  if (shape.size() != 2 || inner_shape.size() != 2 || w.inner.element_type() != ffi::DataType::F32) return false;
-  *s = Scales{w.scale.untyped_data(), kNone, shape[0], shape[1], nullptr, nullptr, 0, 0, 0.0f};
+  const auto inner_shape = w.inner.dimensions();
+  if (inner_shape.size() != 2 || w.inner.element_type() != ffi::DataType::F32) return false;
+  if (!SetShape(w.scale, s)) return false;
   if (w.scale.element_type() == ffi::DataType::F32) s->kind = kFloat32;
   if (w.scale.element_type() == ffi::DataType::F16) s->kind = kFloat16;
   if (w.scale.element_type() == ffi::DataType::U8) s->kind = kExponent;
@@ -46,11 +56,12 @@ inline bool ToScales(const Weight& w, Scales* s) {
 // Everything of a product but x and y. Returns what is wrong, or null.
 inline const char* ToProduct(const Weight& w, Product* p) {
   const auto shape = w.codes.dimensions();
-  if (shape.size() != 2) return "the rank of an operand";
+  p->tiled = shape.size() == 4 && shape[2] == kTileOutputs && shape[3] == kTileRows;
+  if (shape.size() != 2 && !p->tiled) return "the rank of an operand";
   if (w.bits != 8 && w.bits != 4 && w.bits != 2) return "the bits of a code";
   p->codes = static_cast<const uint8_t*>(w.codes.untyped_data());
-  p->outputs = shape[w.by_output ? 0 : 1];
-  p->inputs = shape[w.by_output ? 1 : 0] * (8 / w.bits);
+  p->outputs = p->tiled ? shape[0] * kTileOutputs : shape[w.by_output ? 0 : 1];
+  p->inputs = (p->tiled ? shape[1] * kTileRows : shape[w.by_output ? 1 : 0]) * (8 / w.bits);
   p->bits = w.bits;
   p->group = w.group;
   p->by_output = w.by_output;
@@ -61,9 +72,7 @@ inline const char* ToProduct(const Weight& w, Product* p) {
   if (w.bits != 8 && w.values.size() != size_t{1} << w.bits) return "the table of values";
   if (!ToScales(w, &p->scale)) return "the type of the scales";
   if (!w.offset.element_count()) return nullptr;
-  const auto offset_shape = w.offset.dimensions();
-  if (offset_shape.size() != 2) return "the rank of the offsets";
-  p->offset = Scales{w.offset.untyped_data(), kNone, offset_shape[0], offset_shape[1], nullptr, nullptr, 0, 0, 0.0f};
+  if (!SetShape(w.offset, &p->offset)) return "the rank of the offsets";
   if (w.offset.element_type() == ffi::DataType::F32) p->offset.kind = kFloat32;
   if (w.offset.element_type() == ffi::DataType::F16) p->offset.kind = kFloat16;
   return p->offset.kind == kNone ? "the type of the offsets" : nullptr;

@@ -21,15 +21,18 @@ struct Scales {
   const float* inner;
   int64_t inner_rows, inner_columns;
   float mean;
+  int64_t tiled;  // `data` is (columns / 16, rows, 16)
 };
+
+constexpr int64_t kTileOutputs = 16, kTileRows = 4;
 
 // Letters of shapes: M rows of x, K inputs, N outputs, B = bits K / 8 bytes of the codes of an output.
 struct Product {
   const float* x;        // (M, K)
-  const uint8_t* codes;  // by_output: (N, B), else (B, N)
+  const uint8_t* codes;  // by_output: (N, B); tiled: (N / 16, B / 4, 16, 4), codes (B, N) in tiles; else (B, N)
   float* y;              // (M, N)
   int64_t rows, inputs, outputs;
-  int64_t kind, bits, group, by_output;  // group: inputs that share a scale; it divides K
+  int64_t kind, bits, group, by_output, tiled;  // group: inputs that share a scale; it divides K
   const float* table;                    // values of the codes of kTable, 2^bits
   Scales scale, offset;                  // by_output: (N, K / group), else (K / group, N)
 };
@@ -39,6 +42,11 @@ struct Product {
 inline int64_t CodesPerByte(const Product& p) { return 8 / p.bits; }
 inline int64_t GroupBytes(const Product& p) { return p.group / CodesPerByte(p); }
 inline int64_t NumGroups(const Product& p) { return p.inputs / p.group; }
+
+inline int64_t ScaleIndex(const Scales& s, int64_t row, int64_t column) {
+  if (!s.tiled) return row * s.columns + column;
+  return (column / kTileOutputs * s.rows + row) * kTileOutputs + column % kTileOutputs;
+}
 
 // Whether the values of the table are consecutive integers.
 inline bool IsConsecutive(const Product& p) {
@@ -73,13 +81,13 @@ inline float HalfToFloat(uint16_t half) {
 __attribute__((noinline)) inline float NestedScale(const Scales& s, int64_t row, int64_t column) {
   const int64_t inner_row = row * s.inner_rows / s.rows, inner_column = column * s.inner_columns / s.columns;
   const float inner = s.inner[inner_row * s.inner_columns + inner_column];
-  return s.table[static_cast<const uint8_t*>(s.data)[row * s.columns + column]] * inner + s.mean;
+  return s.table[static_cast<const uint8_t*>(s.data)[ScaleIndex(s, row, column)]] * inner + s.mean;
 }
 
 inline float ScaleAt(const Scales& s, int64_t row, int64_t column) {
   row = s.rows == 1 ? 0 : row;
   column = s.columns == 1 ? 0 : column;
-  const int64_t index = row * s.columns + column;
+  const int64_t index = ScaleIndex(s, row, column);
   switch (s.kind) {
     case kFloat32:
       return static_cast<const float*>(s.data)[index];
@@ -107,6 +115,7 @@ inline const char* CheckScales(const Product& p, const Scales& s) {
   if (s.kind == kNested && !(Divides(s.inner_rows, s.rows) && Divides(s.inner_columns, s.columns))) {
     return "the shape of the scales of the scales";
   }
+  if (s.tiled && !(p.tiled && s.columns == p.outputs)) return "the layout of the scales";
   return nullptr;
 }
 
@@ -118,6 +127,7 @@ inline const char* Check(const Product& p) {
   if (p.bits != 8 && p.bits != 4 && p.bits != 2) return "the bits of a code";
   if (p.kind != (p.bits < 8 ? kTable : p.kind) || p.kind < kInt8 || p.kind > kUint8 + (p.bits < 8)) return "the codes";
   if (!Divides(p.group, p.inputs) || !Divides(CodesPerByte(p), p.group)) return "the size of a group";
+  if (p.tiled && (p.by_output || p.outputs % kTileOutputs || GroupBytes(p) % kTileRows)) return "the layout of the codes";
   if (const char* reason = CheckScales(p, p.scale)) return reason;
   return p.offset.kind == kNone ? nullptr : CheckScales(p, p.offset);
 }
@@ -129,7 +139,7 @@ inline const char* Check(const Product* products, int64_t count) {
     const Product &p = products[i], &first = products[0];
     if (const char* reason = Check(p)) return reason;
     if (p.rows != first.rows || p.inputs != first.inputs || p.group != first.group || p.bits != first.bits ||
-        p.kind != first.kind || p.by_output != first.by_output || p.x != first.x) {
+        p.kind != first.kind || p.by_output != first.by_output || p.tiled != first.tiled || p.x != first.x) {
       return "one of several weights";
     }
   }

@@ -7,10 +7,10 @@
 
 namespace avx2 {
 
-constexpr int64_t kColumns = 32;     // outputs of a tile where codes lie by inputs
-constexpr int64_t kLine = 64;        // outputs whose codes are copied together
-constexpr int64_t kPanelBytes = 64;  // most rows of codes of a tile
-constexpr int64_t kAheadBytes = 4096;  // that are fetched in advance where codes lie by outputs
+constexpr int64_t kLine = 64;        // outputs whose codes are copied to tiles together
+constexpr int64_t kPanelBytes = 64;  // most rows of codes of a panel
+constexpr int64_t kAheadRows = 16;   // rows of codes that are fetched in advance where they are copied
+constexpr int64_t kAheadOfTile = 2048, kAheadBytes = 4096;  // bytes fetched in advance of a tile, and by outputs
 
 // Codes of 4 or 2 bits as unsigned bytes. The sums of 16 products of a code and a byte fit 16 bits.
 template <int BITS>
@@ -125,7 +125,7 @@ static inline __attribute__((always_inline)) void MultiplyAdd(int64_t count, int
 #pragma GCC unroll 3
       for (int d = 0; d < DIGITS; ++d) acc[m][0][d] = acc[m][1][d] = _mm256_setzero_si256();
     }
-    for (int64_t q = q0; q < std::min(q0 + kTogether, count); ++q) {
+    const auto add = [&](int64_t q) __attribute__((always_inline)) {
       load(q);
 #pragma GCC unroll 8
       for (int i = first; i < last; ++i) {
@@ -141,6 +141,12 @@ static inline __attribute__((always_inline)) void MultiplyAdd(int64_t count, int
           }
         }
       }
+    };
+    if (ROWS == 1 && count - q0 >= kTogether) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kTogether; ++i) add(q0 + i);
+    } else {
+      for (int64_t q = q0; q < std::min(q0 + kTogether, count); ++q) add(q);
     }
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; ++m) {
@@ -161,21 +167,11 @@ static inline __m256i FourBytes(const uint8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// Half a tile of four rows of copied codes as two vectors of quads: the outputs 8 h ... 8 h + 3 and 8 h + 16 ... 8 h + 19, and the
-// four after each of these, for the half h.
-static inline __attribute__((always_inline)) void LoadQuads(const uint8_t* w, int64_t half, __m256i* quads) {
-  const __m256i r0 = Load32(w), r1 = Load32(w + kLine), r2 = Load32(w + 2 * kLine), r3 = Load32(w + 3 * kLine);
-  const __m256i r01 = half ? _mm256_unpackhi_epi8(r0, r1) : _mm256_unpacklo_epi8(r0, r1),
-                r23 = half ? _mm256_unpackhi_epi8(r2, r3) : _mm256_unpacklo_epi8(r2, r3);
-  quads[0] = _mm256_unpacklo_epi16(r01, r23);
-  quads[1] = _mm256_unpackhi_epi16(r01, r23);
-}
-
 // Eight scales of a row, from a column on.
 static inline __m256 EightScales(const Scales& s, int64_t row, int64_t column) {
   row = s.rows == 1 ? 0 : row;
   if (s.columns == 1) return _mm256_set1_ps(ScaleAt(s, row, 0));
-  const int64_t index = row * s.columns + column;
+  const int64_t index = ScaleIndex(s, row, column);
   if (s.kind == kFloat32) return _mm256_loadu_ps(static_cast<const float*>(s.data) + index);
   if (s.kind == kFloat16) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(s.data) + index)));
@@ -200,35 +196,97 @@ static inline void LoadScales(const Scales& s, int64_t row, int64_t column, int6
   for (const int64_t end = (count + 7) / 8 * 8; i < end; ++i) scales[i] = i < count ? ScaleAt(s, row, column + i) : 0.0f;
 }
 
-// Copies the rows of codes of a panel times up to 64 outputs, whole cache lines, because lines of distant rows displace each
-// other in the first-level cache; followed by zeros up to 64 outputs and a multiple of four rows.
-static inline void CopyTile(const uint8_t* w, int64_t stride, int64_t rows, int64_t columns, uint8_t* copy) {
-  if (rows % 4 || columns < kLine) std::memset(copy, 0, (rows + 3) / 4 * 4 * kLine);
-  for (int64_t b = 0; b < rows; ++b, w += stride, copy += kLine) {
-    if (columns >= kLine) {
-      std::memcpy(copy, w, kLine);
-    } else {
-      std::memcpy(copy, w, columns);
+// The scales of 16 outputs: (rows, 16), with zeros beyond `width` outputs.
+static inline void ScalesOfTile(const Scales& s, int64_t rows, int64_t column, int64_t width, float* scales) {
+  const bool contiguous = s.rows == rows && s.columns > 1 && width == kTileOutputs;
+  if (!contiguous || (s.kind != kFloat16 && s.kind != kFloat32)) {
+    for (int64_t row = 0; row < rows; ++row) LoadScales(s, row, column, width, scales + row * kTileOutputs);
+    return;
+  }
+  const int64_t first = ScaleIndex(s, 0, column), stride = s.tiled ? kTileOutputs : s.columns;
+  for (int64_t row = 0; row < rows; ++row, scales += kTileOutputs) {
+    for (int64_t i = 0; i < kTileOutputs; i += 8) {
+      const int64_t at = first + row * stride + i;
+      if (s.kind == kFloat16) {
+        const auto* halves = static_cast<const uint16_t*>(s.data) + at;
+        _mm256_storeu_ps(scales + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
+      } else {
+        _mm256_storeu_ps(scales + i, _mm256_loadu_ps(static_cast<const float*>(s.data) + at));
+      }
     }
   }
 }
 
-// Fetches the next panel row by row while a panel is computed tile by tile; see vnni_loads.h.
-struct Ahead {
-  const uint8_t* row;
-  int64_t column, width, stride;
+// Four rows of codes times 16 outputs, in tiles: the four bytes of each output follow each other.
+static inline void StoreQuads(__m128i r0, __m128i r1, __m128i r2, __m128i r3, uint8_t* quads) {
+  const __m128i low01 = _mm_unpacklo_epi8(r0, r1), high01 = _mm_unpackhi_epi8(r0, r1), low23 = _mm_unpacklo_epi8(r2, r3),
+                high23 = _mm_unpackhi_epi8(r2, r3);
+  __m128i* out = reinterpret_cast<__m128i*>(quads);
+  _mm_storeu_si128(out, _mm_unpacklo_epi16(low01, low23));
+  _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(low01, low23));
+  _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(high01, high23));
+  _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(high01, high23));
+}
 
-  inline void Fetch(int64_t lines) {
-    for (; lines > 0; --lines) {
-      _mm_prefetch(reinterpret_cast<const char*>(row + column), _MM_HINT_T1);
-      column += 64;
-      if (column >= width) {
-        column = 0;
-        row += stride;
+// Codes of some outputs in tiles: those of the weight, or a copy, in which zeros follow each panel up to a multiple of four
+// rows, and the last output up to one of 16. `panels` are the rows of codes in order, with `begin` and `size`.
+class Tiles {
+ public:
+  template <typename Panels>
+  Tiles(const Product& p, const Panels& panels, int64_t begin, int64_t end) : first_(begin) {
+    if (p.tiled) {
+      tile_ = p.codes + begin * NumGroups(p) * GroupBytes(p);
+      tile_bytes_ = NumGroups(p) * GroupBytes(p) * kTileOutputs;
+      return;
+    }
+    static thread_local std::vector<uint8_t> copy;  // keeps its memory from call to call
+    tile_bytes_ = 0;
+    for (const auto& panel : panels) tile_bytes_ += NumQuads(panel.size) * kQuadBytes;
+    copy.resize((end - begin + kTileOutputs - 1) / kTileOutputs * tile_bytes_);
+    tile_ = copy.data();
+    uint8_t* quads = copy.data();
+    for (const auto& panel : panels) {
+      for (int64_t row = 0; row < panel.size; row += kTileRows, quads += kQuadBytes) {
+        const uint8_t* w = p.codes + (panel.begin + row) * p.outputs;
+        const int64_t rows = std::min(kTileRows, panel.size - row);
+        // Distant rows displace each other in the first-level cache before the next four are read.
+        for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(w + (kAheadRows + r) * p.outputs + begin), _MM_HINT_T0);
+        uint8_t* out = quads;
+        for (int64_t n = begin; n < end; n += kTileOutputs, out += tile_bytes_) {
+          __m128i codes[kTileRows];
+          for (int64_t r = 0; r < kTileRows; ++r) {
+            alignas(16) uint8_t edge[kTileOutputs] = {};
+            if (r < rows && n + kTileOutputs <= end) {
+              codes[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * p.outputs + n));
+            } else {
+              if (r < rows) std::memcpy(edge, w + r * p.outputs + n, end - n);
+              codes[r] = _mm_load_si128(reinterpret_cast<const __m128i*>(edge));
+            }
+          }
+          StoreQuads(codes[0], codes[1], codes[2], codes[3], out);
+        }
       }
     }
   }
+
+  // The quads of the tile of an output, whose panels follow each other.
+  const uint8_t* Of(int64_t output) const { return tile_ + (output - first_) / kTileOutputs * tile_bytes_; }
+
+ private:
+  const uint8_t* tile_;
+  int64_t tile_bytes_, first_;
 };
+
+struct SumsOfTile {
+  alignas(32) float of_output[kTileOutputs];
+};
+
+// The two vectors of a quad of a tile, and a fetch of the codes that follow.
+static inline __attribute__((always_inline)) void LoadQuad(const uint8_t* quad, __m256i* codes) {
+  codes[0] = Load32(quad);
+  codes[1] = Load32(quad + 32);
+  _mm_prefetch(reinterpret_cast<const char*>(quad + kAheadOfTile), _MM_HINT_T0);
+}
 
 // The sum of the eight numbers of a vector.
 static inline float SumOfEight(__m256 v) {
@@ -243,12 +301,6 @@ static inline int64_t SumOfEight(__m256i v) {
   int64_t sum = 0;
   for (int32_t lane : lanes) sum += lane;
   return sum;
-}
-
-// From the order of `LoadQuads` to that of the outputs: 8 h ... 8 h + 7 and 8 h + 16 ... 8 h + 23.
-static inline void InOrder(const __m256* f, __m256* ordered) {
-  ordered[0] = _mm256_permute2f128_ps(f[0], f[1], 0x20);
-  ordered[1] = _mm256_permute2f128_ps(f[0], f[1], 0x31);
 }
 
 // Calls run(the format of the codes), a null pointer that has its type.

@@ -170,86 +170,84 @@ static auto TableOf(const Product& p, const Values& values) {
   else return values.bytes;
 }
 
-// A tile of outputs and one panel, where codes lie by inputs.
-struct TileOfPanel {
-  int64_t panel, column, width;
-  alignas(32) float scales[kColumns], offsets[kColumns];
+// A panel of a tile of 16 outputs, where codes lie by inputs or in tiles.
+struct PanelOfTile {
+  int64_t panel;
+  const float *scales, *offsets;  // of the outputs
 };
 
-// A row of x times half a tile, whose outputs are at y. `load(q)` makes four rows of codes current, `codes(i, w)` expands these.
+// sums += a row of x times a panel of a tile. `load(q)` makes a quad of codes current, `codes(i, w)` expands it.
 template <typename Format, typename Load, typename Codes>
-static inline __attribute__((always_inline)) void HalfTile(const Product& p, const Activations& a, const TileOfPanel& t,
-                                                           int64_t row, int64_t half, float* y, const Load& load,
-                                                           const Codes& codes) {
+static inline __attribute__((always_inline)) void AddPanel(const Product& p, const Activations& a, const PanelOfTile& t,
+                                                           int64_t row, float* sums, const Load& load, const Codes& codes) {
   constexpr int DIGITS = Format::kDigits;
   const Panel& panel = a.panels[t.panel];
   const int64_t num_panels = a.panels.size(), index = row * num_panels + t.panel;
   const uint8_t* x = a.x.data() + index * a.of_panel;
   const auto of_x = [&](int, int64_t q, int i, int d) { return FourBytes(x + (i * DIGITS + d) * a.stride + 4 * q); };
-  __m256i sums[1][2][DIGITS];
-  for (int d = 0; d < DIGITS; ++d) sums[0][0][d] = sums[0][1][d] = Load32(a.start.data() + (index * DIGITS + d) * 8);
-  MultiplyAdd<Format, 1, DIGITS>((panel.size + 3) / 4, 0, Format::kOperands, load, codes, of_x, sums);
-  const __m256 joined[2] = {Joined<Format>(sums[0][0]), Joined<Format>(sums[0][1])};
-  __m256 ordered[2];
-  InOrder(joined, ordered);
+  __m256i digits[1][2][DIGITS];
+  for (int d = 0; d < DIGITS; ++d) digits[0][0][d] = digits[0][1][d] = Load32(a.start.data() + (index * DIGITS + d) * 8);
+  MultiplyAdd<Format, 1, DIGITS>(NumQuads(panel.size), 0, Format::kOperands, load, codes, of_x, digits);
   const __m256 unit = _mm256_set1_ps(a.unit[index]);
   const bool last_of_group = t.panel + 1 == num_panels || a.panels[t.panel + 1].group != panel.group;
   for (int k = 0; k < 2; ++k) {
-    const int64_t at = 8 * half + 16 * k;
-    __m256 sum = t.panel ? _mm256_loadu_ps(y + at) : _mm256_setzero_ps();
-    sum = _mm256_fmadd_ps(_mm256_mul_ps(ordered[k], unit), _mm256_load_ps(t.scales + at), sum);
+    __m256 sum = _mm256_load_ps(sums + 8 * k);
+    sum = _mm256_fmadd_ps(_mm256_mul_ps(Joined<Format>(digits[0][k]), unit), _mm256_loadu_ps(t.scales + 8 * k), sum);
     if (p.offset.kind != kNone && last_of_group) {
       const __m256 total = _mm256_set1_ps(a.total[row * NumGroups(p) + panel.group]);
-      sum = _mm256_fmadd_ps(total, _mm256_load_ps(t.offsets + at), sum);
+      sum = _mm256_fmadd_ps(total, _mm256_loadu_ps(t.offsets + 8 * k), sum);
     }
-    _mm256_storeu_ps(y + at, sum);
+    _mm256_store_ps(sums + 8 * k, sum);
   }
 }
 
-// Codes that lie by inputs: the outputs [begin, end) of the rows `a.finite` of x.
+// Codes that lie by inputs or in tiles: the outputs [begin, end) of the rows `a.finite` of x.
 template <typename Format>
 static void Columns(const Product& p, const Values& values, const Activations& a, int64_t begin, int64_t end) {
   constexpr int OPERANDS = Format::kOperands;
-  const int64_t rest = (end - begin) % kColumns;
+  const int64_t rows = a.finite.size(), num_panels = a.panels.size();
   const Format format(TableOf<Format>(p, values));
   alignas(32) __m256i expanded[kPanelBytes / 4 * OPERANDS * 2];
-  alignas(64) uint8_t copy[kPanelBytes * kLine];
-  thread_local std::vector<float> edge;  // a last tile of fewer outputs; keeps its memory from call to call
-  if (rest) edge.resize(p.rows * kColumns);
-  TileOfPanel t{};
-  for (t.panel = 0; t.panel < static_cast<int64_t>(a.panels.size()); ++t.panel) {
-    const Panel& panel = a.panels[t.panel];
-    Ahead ahead{p.codes + (panel.begin + panel.size) * p.outputs + begin, 0, end - begin, p.outputs};
-    for (t.column = begin; t.column < end; t.column += kColumns) {
-      t.width = std::min(kColumns, end - t.column);
-      float* y = t.width < kColumns ? edge.data() : p.y + t.column;
-      const int64_t stride = t.width < kColumns ? kColumns : p.outputs;
-      const uint8_t* tile = copy + (t.column - begin) % kLine;
-      if (tile == copy) CopyTile(p.codes + panel.begin * p.outputs + t.column, p.outputs, panel.size, end - t.column, copy);
-      ahead.Fetch((panel.size * t.width + 63) / 64);
-      LoadScales(p.scale, panel.group, t.column, t.width, t.scales);
-      if (p.offset.kind != kNone) LoadScales(p.offset, panel.group, t.column, t.width, t.offsets);
-      for (int64_t half = 0; half < 2 && 8 * half < t.width; ++half) {
-        __m256i quads[2];
-        const auto load = [&](int64_t q) { LoadQuads(tile + 4 * q * kLine, half, quads); };
-        const auto codes = [&](int i, __m256i* w) { w[0] = format.Expand(quads[0], i), w[1] = format.Expand(quads[1], i); };
-        if (a.finite.size() == 1) {
-          HalfTile<Format>(p, a, t, a.finite[0], half, y + a.finite[0] * stride, load, codes);
-          continue;
+  static thread_local std::vector<SumsOfTile> sums;  // keeps its memory from call to call
+  sums.resize(rows);
+  static thread_local std::vector<float> scales, offsets;  // (groups, 16)
+  scales.resize(NumGroups(p) * kTileOutputs);
+  offsets.resize(p.offset.kind == kNone ? 0 : scales.size());
+  for (int64_t line = begin; line < end; line += kLine) {
+    const Tiles tiles(p, a.panels, line, std::min(line + kLine, end));
+    for (int64_t n = line; n < std::min(line + kLine, end); n += kTileOutputs) {
+      const int64_t width = std::min(kTileOutputs, end - n);
+      const uint8_t* quads = tiles.Of(n);
+      std::fill_n(sums.begin(), rows, SumsOfTile{});
+      ScalesOfTile(p.scale, NumGroups(p), n, width, scales.data());
+      if (p.offset.kind != kNone) ScalesOfTile(p.offset, NumGroups(p), n, width, offsets.data());
+      PanelOfTile t{};
+      for (t.panel = 0; t.panel < num_panels; ++t.panel) {
+        const Panel& panel = a.panels[t.panel];
+        const int64_t num_quads = NumQuads(panel.size);
+        t.scales = scales.data() + panel.group * kTileOutputs;
+        t.offsets = offsets.data() + panel.group * kTileOutputs;
+        __m256i quad[2];
+        const auto load = [&](int64_t q) { LoadQuad(quads + q * kQuadBytes, quad); };
+        const auto codes = [&](int i, __m256i* w) { w[0] = format.Expand(quad[0], i), w[1] = format.Expand(quad[1], i); };
+        if (rows == 1) {
+          AddPanel<Format>(p, a, t, a.finite[0], sums[0].of_output, load, codes);
+        } else {
+          for (int64_t q = 0; q < num_quads; ++q) {
+            load(q);
+            for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
+          }
+          const __m256i* at = expanded;
+          const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
+          const auto expanded_codes = [&](int i, __m256i* w) { w[0] = at[2 * i], w[1] = at[2 * i + 1]; };
+          for (int64_t m = 0; m < rows; ++m) {
+            AddPanel<Format>(p, a, t, a.finite[m], sums[m].of_output, from, expanded_codes);
+          }
         }
-        for (int64_t q = 0; 4 * q < panel.size; ++q) {
-          load(q);
-          for (int i = 0; i < OPERANDS; ++i) codes(i, expanded + (q * OPERANDS + i) * 2);
-        }
-        const __m256i* at = expanded;
-        const auto from = [&](int64_t q) { at = expanded + q * OPERANDS * 2; };
-        const auto expanded_codes = [&](int i, __m256i* w) { w[0] = at[2 * i], w[1] = at[2 * i + 1]; };
-        for (int64_t row : a.finite) HalfTile<Format>(p, a, t, row, half, y + row * stride, from, expanded_codes);
+        quads += num_quads * kQuadBytes;
       }
+      for (int64_t m = 0; m < rows; ++m) std::memcpy(p.y + a.finite[m] * p.outputs + n, sums[m].of_output, 4 * width);
     }
-  }
-  for (int64_t row : a.finite) {
-    if (rest) std::memcpy(p.y + row * p.outputs + end - rest, edge.data() + row * kColumns, 4 * rest);
   }
 }
 

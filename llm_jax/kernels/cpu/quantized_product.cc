@@ -18,6 +18,7 @@
 #include "machine.h"
 #include "parts.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace llm_jax {
 
@@ -48,6 +49,9 @@ static void FloatOutputs(const Product& p, Path path, int64_t row, int64_t begin
 template <typename Schedule>
 static void Run(const Product* products, int64_t count, Path path, int64_t threads, const Schedule& schedule) {
   if (path == kAuto) path = FastestPath();
+  if (products[0].tiled && path != kAvx2 && path != kAvx512) {
+    return Run(Untiled(products, count).data(), count, path, threads, schedule);
+  }
   const int64_t useful = UsefulThreads(products, count, threads, std::min<int64_t>(products[0].rows, 4));
   const std::vector<Part> parts = PartsOf(products, count, useful, false);
   // Calls outputs(product, begin, end) for each part, and computes the rows `others` of x in float32.
@@ -78,12 +82,16 @@ static void Run(const Product* products, int64_t count, Path path, int64_t threa
     if (avx2::Has(products[0], values)) {
       avx2::Prepare(products[0], values, &activations);
       const avx2::Activations& prepared = activations;
+      if (products[0].tiled && !prepared.others.empty()) {  // `FloatOutputs` reads no tiles
+        return Run(Untiled(products, count).data(), count, path, threads, schedule);
+      }
       return run(prepared.others, [&](const Product& p, int64_t begin, int64_t end) {
         if (!prepared.finite.empty()) avx2::Outputs(p, values, prepared, begin, end);
       });
     }
   }
 #endif
+  if (products[0].tiled) return Run(Untiled(products, count).data(), count, path, threads, schedule);
   std::vector<int64_t> all(products[0].rows);
   std::iota(all.begin(), all.end(), 0);
   run(all, [](const Product&, int64_t, int64_t) {});

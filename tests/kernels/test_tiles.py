@@ -1,0 +1,139 @@
+"""Weights in tiles: the products are those of weights in rows, bit for bit, and nothing beyond them is read."""
+
+import ctypes
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.kernels import cpu_product, native, number_formats, tiles
+from llm_jax.weights import IN, OUT, to_qtensor
+from tests.kernels import random_products
+from tests.kernels.random_products import CProduct, draw
+from tests.kernels.test_cpu_product import PATHS, available, guarded
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
+SHAPES = ((192, 16, 1), (192, 112, 3), (384, 144, 17))
+SCHEMES = ("int8", "int8:64", "int8:tensor", "int8_affine", "int4", "int4_affine", "int4:192", "int2", "nf4", "mxfp4")
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("scale", ["float32", "float16", "e8m0", "nested"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_equal_those_of_rows(format, scale, blockwise):
+    """Groups of 96 have no whole blocks of 32 bytes; they and other instruction sets go through a copy in rows."""
+    options = itertools.product((0, 32, 64, 96), SHAPES, (False, True), (False, True))
+    for group, (inputs, outputs, rows), offset, shared in options:
+        if group * number_formats.FORMATS[format].bits % 32 or (scale == "nested" and (offset or shared)):
+            continue
+        offset &= scale.startswith("float")
+        p = draw(format, inputs, outputs, rows, group=group, scale=scale, offset=offset, one_scale=shared)
+        for path in filter(available, PATHS):
+            expected = p.run(path, 2, blockwise=blockwise)
+            np.testing.assert_array_equal(p.run(path, 2, blockwise=blockwise, tiled=True), expected)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_a_row_that_is_not_finite_gives_what_it_gives_with_rows(blockwise):
+    p = draw("int4", 192, 80, 3, group=32, scale="float16")
+    p.x[1, 7], p.x[2, 100] = np.nan, np.inf
+    expected = p.run("avx2" if available("avx2") else "auto", blockwise=blockwise)
+    assert np.isfinite(expected[0]).all()
+    assert not np.isfinite(expected[1:]).any()
+    np.testing.assert_array_equal(p.run(blockwise=blockwise, tiled=True), p.run(blockwise=blockwise))
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_beyond_an_operand_is_read(format, blockwise):
+    p = draw(format, 384, 144, 2, group=64, scale="float16")
+    expected = p.run(blockwise=blockwise, tiled=True)
+    arrays = p.tiles()
+    with guarded(arrays["codes"]) as codes, guarded(arrays["scale"]) as scale:
+        run = p.run(blockwise=blockwise, tiled=True, codes_at=codes, scale_at=scale)
+        np.testing.assert_array_equal(run, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"by_output": 1}, "the layout of the codes"),
+        ({"outputs": 72}, "the layout of the codes"),
+        ({"group": 4}, "the layout of the codes"),
+    ],
+)
+def test_layouts_that_have_no_tiles_are_refused(change, reason):
+    p = draw("int4", 192, 80, 1, group=64, one_scale=True)
+    with pytest.raises(ValueError, match=reason):
+        p.run(tiled=True, **change)
+
+
+def test_scales_in_tiles_need_codes_in_tiles():
+    p = draw("int4", 192, 80, 1, group=64)
+    request = p.request(p.no_result().ctypes.data)
+    request.scale.tiled = 1
+    assert random_products.call([request], "auto", 1, False) == "the layout of the scales"
+    other = p.request(p.no_result().ctypes.data)
+    other.tiled = 1
+    assert random_products.call([p.request(p.no_result().ctypes.data), other], "auto", 1, False).startswith("one of")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_expanded_weights_equal_decoded_ones(scheme):
+    s, q = number_formats.scheme(scheme), to_qtensor(jax.random.normal(jax.random.key(0), (384, 144)), scheme, IN)
+    in_tiles = tiles.to_tiles(q._stored())
+    decoded = q.dense()
+    for path in filter(available, PATHS):
+        expanded = jax.jit(lambda c, path=path: cpu_product.expanded_weight(c, s, path))(in_tiles)
+        # XLA may join the product and the sum of an offset into one operation.
+        tolerance = 1e-6 * float(jnp.abs(decoded).max()) if q.offset is not None else 0
+        np.testing.assert_allclose(expanded, decoded, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tiles_and_rows_are_inverse(scheme):
+    q = to_qtensor(jax.random.normal(jax.random.key(0), (384, 144)), scheme, IN)
+    jax.tree.map(np.testing.assert_array_equal, tiles.from_tiles(tiles.to_tiles(q._stored())), q._stored())
+
+
+def test_an_expansion_refuses_codes_in_rows():
+    p = draw("int4", 192, 80, 1, group=64)
+    library, _ = native.loaded()
+    function = library.llm_jax_expanded_weight
+    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64]
+    assert function(p.request(p.no_result().ctypes.data), 0, 1) == b"the layout of the codes"
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "axis", "reason"),
+    [
+        ((96, 48), "int4:64", IN, ""),
+        ((96, 40), "int4:64", IN, "no whole tiles"),
+        ((96, 48), "int4:4", IN, "no whole tiles"),
+        ((94, 48), "int8", IN, "no whole tiles"),
+        ((96, 48), "int8", OUT, "axis -1"),
+        ((2, 96, 48), "int8", IN, r"shape \(2, 96, 48\)"),
+        ((96, 48), "fp8_e4m3", IN, "no kernel"),
+    ],
+)
+def test_weights_without_tiles_are_named(shape, scheme, axis, reason):
+    result = tiles.unsupported_reason(shape, number_formats.scheme(scheme), axis)
+    assert re.search(reason, result) if reason else not result
+
+
+def test_two_digits_of_the_largest_magnitudes_do_not_overflow():
+    """As `test_cpu_product.test_sums_of_the_largest_terms_do_not_overflow`, for sums over a whole panel of a tile."""
+    for format in FORMATS:
+        p = draw(format, 768, 80, 2, group=0)
+        p.x[:] = 127 * 65536 - 128 * 256 - 128
+        p.x[1] *= -1
+        for byte in (0x00, 0x7F, 0x80, 0xFF):
+            p.codes.view(np.uint8)[:] = byte
+            for blockwise in (False, True):
+                whole = dataclasses.replace(p).run(blockwise=blockwise, tiled=True)
+                np.testing.assert_array_equal(whole, p.run(blockwise=blockwise))
