@@ -103,8 +103,8 @@ def _interrupt(message: Callable[[], str], number: int, frame: Any) -> None:
 def _loses_exceptions(frame: types.FrameType | None) -> bool:
     """Whether an exception raised in this frame would not reach `cli.start`.
 
-    The garbage collector ignores exceptions of XLA's callback. Some extension modules, such as jaxlib, convert exceptions
-    that are raised during their initialization to ImportError, or crash.
+    The garbage collector ignores exceptions of XLA's callback. jaxlib converts exceptions during its initialization to
+    ImportError, or crashes.
     """
     while frame is not None:
         if frame.f_code.co_name == "_xla_gc_callback":
