@@ -96,6 +96,22 @@ def test_pages_hold_everything_and_escape_what_models_and_texts_say():
     assert fragment.startswith('<div class="llm-jax">') and "<html" not in fragment and fragment in page
 
 
+class Printer:
+    def text(self, text):
+        self.shown = text
+
+
+def test_ipython_shows_the_beginning_of_the_text():
+    printer, result = Printer(), Everything()
+    result._repr_pretty_(printer, False)
+    assert printer.shown == result.text()
+    result.picture = lambda: Picture("long", (dataclasses.replace(TABLE, rows=TABLE.rows * 100),), "note")
+    result._repr_pretty_(printer, False)
+    lines = result.text().splitlines()
+    assert printer.shown.splitlines()[:60] == lines[:60]
+    assert printer.shown.splitlines()[60:] == [f"... and {len(lines) - 60} more lines; print() shows all"]
+
+
 def test_pixels_of_a_map_are_its_values():
     import base64
 
