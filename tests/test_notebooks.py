@@ -154,17 +154,17 @@ def test_peft_loads_the_adapter_of_the_notebook(tmp_path):
 
 OBJECTS = """import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-import jax, jax.numpy as jnp
+import dataclasses, jax, jax.numpy as jnp
 import llm_jax
 from llm_jax import lora, tokenizers, weights
 from llm_jax.model.transformer import Transformer
 from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, InputDropout
 
 sizes = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 2, "model.mlp_dim": 64}
-config = llm_jax.config("tiny", {"tokenizer.kind": "byte", "model.vocab_size": 259, "lora.rank": 2} | sizes)
+config = llm_jax.config("tiny", {"tokenizer.kind": "byte", "model.vocab_size": 259} | sizes)
 model, byte = Transformer(config.model), tokenizers.get("byte").train([], 0)
 params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-w = jnp.ones((64, 32))
+w, rank_2 = jnp.ones((64, 32)), dataclasses.replace(config.lora, rank=2)
 q, encoded = weights.quantize(w, "int4", IN), weights.quantize(w, "ternary.py:Ternary()", IN)
 adapted = Adapted(w, jnp.ones((64, 2)), jnp.zeros((2, 32)), jnp.ones(()))
 mesh = jax.make_mesh((2,), ("data",))
@@ -195,7 +195,7 @@ PICTURES = {  # expression: text of its display
     "llm_jax.show.surprisal(model, params, byte, 'hello')": "bits",
     "llm_jax.show.probabilities(model, params, byte, 'ab')": "step 1",
     "llm_jax.show.difference(params, jax.tree.map(lambda x: 1.1 * x, params))": "effective rank",
-    "llm_jax.show.adapters(params, lora.init(jax.random.key(0), params, config.lora))": "effective rank",
+    "llm_jax.show.adapters(params, lora.init(jax.random.key(0), params, rank_2))": "effective rank",
 }
 
 

@@ -159,7 +159,7 @@ def _lines(panel: Lines, axis: Any) -> None:
 
 def _table(panel: Table, axis: Any) -> None:
     axis.axis("off")
-    rows = [[plain(c) if isinstance(c, str) else number(c) for c in row] for row in panel.rows[:_MOST_ROWS]]
+    rows = [[_cell(value) for value in row] for row in panel.rows[:_MOST_ROWS]]
     more = len(panel.rows) - len(rows)
     rows = rows or [[""] * len(panel.columns)]
     lines = len(rows) + 1 + (more > 0)
@@ -174,6 +174,11 @@ def _table(panel: Table, axis: Any) -> None:
         cell.set_height(1 / lines)
     if more:
         axis.text(0, 0.5 / lines, f"and {more:,} more rows", fontsize=8, va="center", transform=axis.transAxes)
+
+
+def _cell(value: str | float) -> str:
+    """A value of a table on one line."""
+    return plain(value.replace("\n", "↵")) if isinstance(value, str) else number(value)
 
 
 def _passage(panel: Passage, axis: Any) -> None:

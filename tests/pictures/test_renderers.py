@@ -204,7 +204,7 @@ def test_no_title_and_no_table_of_an_image_is_cut():
 
 def test_a_table_of_an_image_stays_within_its_height():
     """matplotlib moves a table down by a share of the height of its axes."""
-    rows = tuple(("x", i, 0.5) for i in range(200))
+    rows = tuple(("two\nlines", i, 0.5) for i in range(200))
     for count in (0, 3, 60, 61, 200):
         table = dataclasses.replace(TABLE, rows=rows[:count])
         height = render_png._HEIGHTS[Table](table)
@@ -216,6 +216,7 @@ def test_a_table_of_an_image_stays_within_its_height():
             assert min(box.y0 for box in boxes) >= -1 and max(box.y1 for box in boxes) <= height * drawing.dpi + 1
             texts = [text.get_text() for text in axis.texts]
             assert texts == ([f"and {count - 60} more rows"] if count > 60 else [])
+            assert not any("\n" in cell.get_text().get_text() for cell in axis.tables[0].get_celld().values())
 
 
 USE = """
