@@ -171,12 +171,12 @@ mesh = jax.make_mesh((2,), ("data",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 sharded = jax.device_put(w, sharding)
 """
-TREES = {  # expression: text of its display
+TREES = {  # expression: text of its display without scripts; the pages of treescope are compressed
     "model": "Transformer",
     "config": "ModelConfig",
     "params": "attention",
-    "w": "jax.Array float32(64, 32)",
-    "q": "2,176 bytes",
+    "w": "Array([[1., 1.",
+    "q": "QTensor(codes=uint8[32, 32]",
     "encoded": "Ternary()",
     "adapted": "Adapted",
     "Decomposed(adapted, jnp.ones(32), jnp.ones(32))": "magnitude",
@@ -189,13 +189,13 @@ PICTURES = {  # expression: text of its display
     "llm_jax.show.parameters({'w': sharded, 'q': q})": "of 2 devices",
     "llm_jax.show.tokens(byte, 'a b')": "3 tokens",
     "llm_jax.show.attention(model, params, byte, 'hello')": "layer 0",
-    "llm_jax.show.positions(config.model)": "upper bound",
+    "llm_jax.show.positions(config.model)": "relative to distance 0",
     "llm_jax.show.embeddings(model, params, byte, 'a', ['a b c d'])": "[b]",
     "llm_jax.show.quantization(params, ['int8'])": "mean error",
     "llm_jax.show.surprisal(model, params, byte, 'hello')": "bits",
     "llm_jax.show.probabilities(model, params, byte, 'ab')": "step 1",
-    "llm_jax.show.difference(params, jax.tree.map(lambda x: 1.1 * x, params))": "effective rank",
-    "llm_jax.show.adapters(params, lora.init(jax.random.key(0), params, rank_2))": "effective rank",
+    "llm_jax.show.difference(params, jax.tree.map(lambda x: 1.1 * x, params))": "singular values",
+    "llm_jax.show.adapters(params, lora.init(jax.random.key(0), params, rank_2))": "singular values",
 }
 
 

@@ -15,6 +15,10 @@ _MOST_LINES = 60  # of the text that IPython shows; `print` shows all
 class Drawable(abc.ABC):
     """A result that can be displayed by `print`, in a notebook, and as a file by `save`."""
 
+    def __init_subclass__(cls) -> None:
+        # IPython prefers the repr of a dataclass to a method of its base class.
+        setattr(cls, "_repr_pretty_", Drawable._repr_pretty_)  # noqa: B010
+
     @abc.abstractmethod
     def picture(self) -> Picture:
         """The panels of the result."""
