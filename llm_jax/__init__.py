@@ -49,15 +49,36 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-def _reject_unknown_command() -> None:
+def _module_of_command_line() -> str:
+    """NAME of `python -m NAME`."""
+    return sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+
+
+def _reject_unknown_command(module: str) -> None:
     """Ends `python -m llm_jax.NAME` as `llm-jax NAME` ends, if the package has no module NAME."""
     import importlib.util
 
-    name = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
-    package, _, command = name.partition(".")
-    if package == __name__ and command and "." not in command and importlib.util.find_spec(name) is None:
+    command = module.partition(".")[2]
+    if command and "." not in command and importlib.util.find_spec(module) is None:
         importlib.import_module("llm_jax.__main__").exit_unknown(command)
 
 
-if sys.argv[:1] == ["-m"]:  # Python imports the package before it looks for the module of `python -m llm_jax.NAME`.
-    _reject_unknown_command()
+def _exit_on_interrupt() -> None:
+    """Makes SIGINT end a command with one line and code 130 while it imports; `cli.start` installs another handler."""
+    import os
+    import signal
+    from typing import NoReturn
+
+    def exit_now(number: int, frame: Any) -> NoReturn:
+        os.write(2, b"\ninterrupted\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, exit_now)
+
+
+# Python imports the package before it runs the module of `python -m llm_jax.NAME`, or the script `llm-jax`.
+if sys.argv[:1] == ["-m"] and (module := _module_of_command_line()).partition(".")[0] == __name__:
+    _exit_on_interrupt()
+    _reject_unknown_command(module)
+elif sys.argv[:1] and sys.argv[0].rpartition("/")[2] == "llm-jax":
+    _exit_on_interrupt()

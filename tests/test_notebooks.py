@@ -150,3 +150,73 @@ def test_a_notebook_runs_from_top_to_bottom_outside_the_repository(name, python,
 def test_peft_loads_the_adapter_of_the_notebook(tmp_path):
     text, _ = printed(execute(FOLDER / "finetune.ipynb", sys.executable, tmp_path, PYTHONPATH=str(ROOT)))
     assert number(r"largest difference to peft: ([\d.e-]+)", text) < 1e-3
+
+
+OBJECTS = """import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import dataclasses, jax, jax.numpy as jnp
+import llm_jax
+from llm_jax import lora, tokenizers, weights
+from llm_jax.model.transformer import Transformer
+from llm_jax.weights import IN, Adapted, Decomposed, FakeQuant, InputDropout
+
+sizes = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 2, "model.mlp_dim": 64}
+config = llm_jax.config("tiny", {"tokenizer.kind": "byte", "model.vocab_size": 259} | sizes)
+model, byte = Transformer(config.model), tokenizers.get("byte").train([], 0)
+params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+w, rank_2 = jnp.ones((64, 32)), dataclasses.replace(config.lora, rank=2)
+q, encoded = weights.quantize(w, "int4", IN), weights.quantize(w, "ternary.py:Ternary()", IN)
+adapted = Adapted(w, jnp.ones((64, 2)), jnp.zeros((2, 32)), jnp.ones(()))
+mesh = jax.make_mesh((2,), ("data",))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+sharded = jax.device_put(w, sharding)
+"""
+TREES = {  # expression: text of its display without scripts; the pages of treescope are compressed
+    "model": "Transformer",
+    "config": "ModelConfig",
+    "params": "attention",
+    "w": "Array([[1., 1.",
+    "q": "QTensor(codes=uint8[32, 32]",
+    "encoded": "Ternary()",
+    "adapted": "Adapted",
+    "Decomposed(adapted, jnp.ones(32), jnp.ones(32))": "magnitude",
+    "InputDropout(q, jax.random.key(0), 0.5)": "rate",
+    "FakeQuant(w, None, None, None, 'int8', IN)": "FakeQuant",
+    "sharding": "NamedSharding",
+    "{'sharded': sharded, 'codes': q}": "codes",
+}
+PICTURES = {  # expression: text of its display
+    "llm_jax.show.parameters({'w': sharded, 'q': q})": "of 2 devices",
+    "llm_jax.show.tokens(byte, 'a b')": "3 tokens",
+    "llm_jax.show.attention(model, params, byte, 'hello')": "layer 0",
+    "llm_jax.show.positions(config.model)": "relative to distance 0",
+    "llm_jax.show.embeddings(model, params, byte, 'a', ['a b c d'])": "[b]",
+    "llm_jax.show.quantization(params, ['int8'])": "mean error",
+    "llm_jax.show.surprisal(model, params, byte, 'hello')": "bits",
+    "llm_jax.show.probabilities(model, params, byte, 'ab')": "step 1",
+    "llm_jax.show.difference(params, jax.tree.map(lambda x: 1.1 * x, params))": "singular values",
+    "llm_jax.show.adapters(params, lora.init(jax.random.key(0), params, rank_2))": "singular values",
+}
+
+
+@pytest.mark.slow
+def test_a_notebook_displays_weights_of_every_kind_models_shardings_and_pictures(tmp_path):
+    import nbformat
+
+    (tmp_path / "ternary.py").write_text(
+        (ROOT / "CONTRIBUTING.md").read_text().split("# my_ternary.py")[1].split("```")[0]
+    )
+    setup = "import treescope; treescope.basic_interactive_setup()"
+    sources = [OBJECTS, *PICTURES, setup, *TREES]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbformat.write(notebook, tmp_path / "display.ipynb")
+    executed = execute(tmp_path / "display.ipynb", sys.executable, tmp_path, PYTHONPATH=str(ROOT))
+    for cell in executed.cells[1:-1]:
+        shown = [output["data"] for output in cell.outputs if output.output_type == "display_data"]
+        shown += [output["data"] for output in cell.outputs if output.output_type == "execute_result"]
+        page, text = ("".join(data.get(kind, "") for data in shown) for kind in ("text/html", "text/plain"))
+        if cell.source in PICTURES:
+            assert PICTURES[cell.source] in page and PICTURES[cell.source] in text, cell.source
+            assert "image/png" in shown[-1] and "array(" not in text
+        elif cell.source in TREES:
+            assert len(page) > 1000 and TREES[cell.source] in page + text, cell.source

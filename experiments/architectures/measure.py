@@ -149,12 +149,14 @@ def train(loss, params, key, steps: int):
 
     update = step.make(objective, optimizer, optax.constant_schedule(3e-3), seed=0, grad_accumulation=1)
 
+    batches = {"mask": jnp.ones(steps), "segments": jnp.ones(steps)}
+
     @jax.jit
     def all_steps(params):
         def body(state, batch):
             return update(state, {}, batch)[0], None
 
-        return jax.lax.scan(body, step.init(optimizer, params), {"mask": jnp.ones(steps)})[0].params
+        return jax.lax.scan(body, step.init(optimizer, params), batches)[0].params
 
     return all_steps(params)
 

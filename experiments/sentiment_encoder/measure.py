@@ -45,13 +45,15 @@ def main() -> None:
     loaded = checkpoints.load(MODEL, scan_layers=True)
 
     def encoded(asset: str, part: str, count: int) -> dict[str, jax.Array]:
-        """Token ids and mask, int32 (N, LENGTH), and labels, int32 (N,)."""
+        """Token ids, mask and segments, int32 (N, LENGTH), and labels, int32 (N,)."""
         data = configuration.load("sentiment_lora", {"data.source": f"asset:{asset}"}).data
         sentences = LabelledSource(data).parts[part][:count]
         ids = [contextual.ids(loaded, s.text)[:LENGTH] for s in sentences]
+        mask = [[1] * len(row) + [0] * (LENGTH - len(row)) for row in ids]
         arrays = {
             "tokens": [row + [0] * (LENGTH - len(row)) for row in ids],
-            "mask": [[1] * len(row) + [0] * (LENGTH - len(row)) for row in ids],
+            "mask": mask,
+            "segments": mask,
             "labels": [s.label for s in sentences],
         }
         return {name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}

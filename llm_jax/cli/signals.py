@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import importlib.machinery
 import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +90,7 @@ def exit_process(code: int, message: str = "") -> None:
 
 
 def _interrupt(message: Callable[[], str], number: int, frame: Any) -> None:
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":  # an exception raised there is lost
+    if _loses_exceptions(frame):
         signal.signal(signal.SIGALRM, functools.partial(_interrupt, message))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
         return
@@ -96,3 +98,18 @@ def _interrupt(message: Callable[[], str], number: int, frame: Any) -> None:
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
+
+
+def _loses_exceptions(frame: types.FrameType | None) -> bool:
+    """Whether an exception raised in this frame would not reach `cli.start`.
+
+    The garbage collector ignores exceptions of XLA's callback. jaxlib converts exceptions during its initialization to
+    ImportError, or crashes.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            return True
+        if isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False

@@ -2,15 +2,22 @@
 
 import abc
 import pathlib
+from typing import Any
 
 from llm_jax import files
 from llm_jax.errors import UserError
 from llm_jax.pictures import render_html, render_png, render_text
 from llm_jax.pictures.panels import Picture
 
+_MOST_LINES = 60  # of the text that IPython shows; `print` shows all
+
 
 class Drawable(abc.ABC):
     """A result that can be displayed by `print`, in a notebook, and as a file by `save`."""
+
+    def __init_subclass__(cls) -> None:
+        # IPython prefers the repr of a dataclass to a method of its base class.
+        setattr(cls, "_repr_pretty_", Drawable._repr_pretty_)  # noqa: B010
 
     @abc.abstractmethod
     def picture(self) -> Picture:
@@ -41,6 +48,12 @@ class Drawable(abc.ABC):
 
     def __str__(self) -> str:
         return self.text()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For IPython in a terminal, and for viewers of notebooks without HTML."""
+        lines = self.text().splitlines()
+        more = [f"... and {len(lines) - _MOST_LINES:,} more lines; print() shows all"] * (len(lines) > _MOST_LINES)
+        printer.text("\n".join([*lines[:_MOST_LINES], *more]))
 
     def _repr_html_(self) -> str:
         return render_html.fragment(self.picture())

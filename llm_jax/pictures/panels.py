@@ -47,6 +47,11 @@ class Lines:
     x_label: str
     y_label: str
 
+    @property
+    def has_legend(self) -> bool:
+        """Whether the labels are shown: a single curve needs none, and many would take more space than the curves."""
+        return 1 < len(self.labels) <= 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:

@@ -71,7 +71,15 @@ def _image(image: np.ndarray, alt: str) -> str:
 
 def _lines(panel: Lines) -> str:
     label = html.escape(describe(panel))
-    return render_png.svg(panel).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    drawing = render_png.svg(panel).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    if not panel.has_legend:
+        return drawing
+    entries = []
+    for i, name in enumerate(panel.labels):
+        color, style = colours.series(i)
+        css = style if style in ("solid", "dashed", "dotted") else "double"  # CSS has no dash-dotted border
+        entries.append(f'<span><i style="border-top:3px {css} {color}"></i>{html.escape(name)}</span>')
+    return f'{drawing}<p class="legend">{"".join(entries)}</p>'
 
 
 def _table(panel: Table) -> str:

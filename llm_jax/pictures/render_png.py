@@ -22,7 +22,7 @@ _LETTER = 0.068  # width of a letter of a label
 _ACROSS = 9  # heatmaps beside each other
 _MOST_ROWS = 60  # of a table; an image is no place for more
 _INHERITED = "#010203"  # stands for the colour of the surrounding text in an SVG
-_CHARACTERS = 100  # of a line of a passage
+_CHARACTERS = 113  # of a line of a passage: 8.5 inches of DejaVu Sans Mono at 9 points, 0.602 em wide
 
 
 @contextlib.contextmanager
@@ -94,13 +94,13 @@ def _frame(panel: Any, body: float) -> tuple[float, float, float]:
 
 
 def svg(panel: Lines) -> str:
-    """Curves as an SVG element whose text and axes have the colour of the surrounding text."""
+    """Curves as an SVG element without a legend, whose text and axes have the colour of the surrounding text."""
     import matplotlib
 
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
     settings: Any = dict.fromkeys(names, _INHERITED) | {"svg.fonttype": "none", "font.size": 11}
-    with matplotlib.rc_context(settings | {"svg.hashsalt": panel.title}), figure(5.2, 3.6) as drawing:
-        _lines(panel, drawing.add_axes((0.15, 0.15, 0.83, 0.82)))
+    with matplotlib.rc_context(settings | {"svg.hashsalt": panel.title}), figure(4.4, 3.2) as drawing:
+        _curves(panel, drawing.add_axes((0.18, 0.17, 0.8, 0.8)))
         content = io.StringIO()
         drawing.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = content.getvalue()
@@ -143,28 +143,42 @@ def _height_of_heatmaps(maps: Heatmaps) -> float:
     return 0.25 + _down(maps) * side * (len(maps.rows) / max(len(maps.columns), 1) + 0.25)
 
 
-def _lines(panel: Lines, axis: Any) -> None:
+def _curves(panel: Lines, axis: Any) -> None:
     for i, (label, values) in enumerate(zip(panel.labels, panel.values, strict=True)):
-        style = ("-", "--", ":", "-.")[i // len(colours.SERIES) % 4]
-        axis.plot(panel.x, values, style, color=colours.SERIES[i % len(colours.SERIES)], label=plain(label))
+        color, style = colours.series(i)
+        axis.plot(panel.x, values, linestyle=style, color=color, label=plain(label))
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.25, color="#808080")
-    if 1 < len(panel.labels) <= 16:
+
+
+def _lines(panel: Lines, axis: Any) -> None:
+    _curves(panel, axis)
+    if panel.has_legend:
         axis.legend(fontsize=8, frameon=False, ncols=1 + (len(panel.labels) > 8))
 
 
 def _table(panel: Table, axis: Any) -> None:
     axis.axis("off")
-    rows = [[plain(c) if isinstance(c, str) else number(c) for c in row] for row in panel.rows[:_MOST_ROWS]]
-    if len(panel.rows) > _MOST_ROWS:
-        rows.append([f"and {len(panel.rows) - _MOST_ROWS:,} more rows", *[""] * (len(panel.columns) - 1)])
+    rows = [[_cell(value) for value in row] for row in panel.rows[:_MOST_ROWS]]
+    more = len(panel.rows) - len(rows)
     rows = rows or [[""] * len(panel.columns)]
-    table = axis.table(rows, colLabels=panel.columns, loc="upper left", edges="horizontal", cellLoc="left")
+    lines = len(rows) + 1 + (more > 0)
+    table = axis.table(
+        rows, colLabels=panel.columns, loc="upper left", edges="horizontal", cellLoc="left", colLoc="left"
+    )
+    table.AXESPAD = 0  # a share of the height of the axes, by which a long table would extend below them
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.auto_set_column_width(range(len(panel.columns)))
     for cell in table.get_celld().values():
-        cell.set_height(1 / (len(rows) + 1))
+        cell.set_height(1 / lines)
+    if more:
+        axis.text(0, 0.5 / lines, f"and {more:,} more rows", fontsize=8, va="center", transform=axis.transAxes)
+
+
+def _cell(value: str | float) -> str:
+    """A value of a table on one line."""
+    return plain(value.replace("\n", "↵")) if isinstance(value, str) else number(value)
 
 
 def _passage(panel: Passage, axis: Any) -> None:

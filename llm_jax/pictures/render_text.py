@@ -36,6 +36,7 @@ def _heatmaps(maps: Heatmaps, color: bool) -> list[str]:
     # Two significant digits of the largest value.
     decimals = max(0, 2 - math.floor(math.log10(max(abs(maps.low), abs(maps.high), 1e-30))))
     head = " ".join(f"{label[:6]:>6}" for label in maps.columns)
+    cell = "  " if 2 + _LABEL + 1 + 2 * len(maps.columns) <= _columns() else " "
     for n, name in enumerate(maps.names):
         lines += ["", f"  {name}"] if name else []
         if not color:
@@ -45,14 +46,17 @@ def _heatmaps(maps: Heatmaps, color: bool) -> list[str]:
             if painted is None:
                 body = " ".join(f"{'' if np.isnan(value) else f'{value:.{decimals}f}':>6}" for value in row)
             else:
-                body = "".join(_cell(cell) for cell in painted[n, r]) + _END
+                body = "".join(_painted(pixel, cell) for pixel in painted[n, r]) + _END
             lines.append(f"  {_clipped(label):<{_LABEL}} {body}".rstrip())
+    if color and maps.columns != maps.rows:
+        text = f"columns: {', '.join(map(_visible, maps.columns))}"
+        lines += textwrap.wrap(text, _columns() - 1, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def _cell(cell: np.ndarray) -> str:
-    red, green, blue, alpha = (int(x) for x in cell)
-    return f"\x1b[48;2;{red};{green};{blue}m  " if alpha else f"{_END}  "
+def _painted(pixel: np.ndarray, cell: str) -> str:
+    red, green, blue, alpha = (int(x) for x in pixel)
+    return f"\x1b[48;2;{red};{green};{blue}m{cell}" if alpha else f"{_END}{cell}"
 
 
 def _lines(panel: Lines, color: bool) -> list[str]:
@@ -75,7 +79,7 @@ def _span(values: np.ndarray) -> str:
 
 
 def _table(panel: Table, color: bool) -> list[str]:
-    return _aligned(panel.columns, panel.rows)
+    return _aligned(panel.columns, panel.rows, _columns() if color else None)
 
 
 def _passage(panel: Passage, color: bool) -> list[str]:
@@ -103,17 +107,34 @@ def _clipped(label: str) -> str:
     return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
 
 
-def _aligned(columns: Any, rows: Any) -> list[str]:
-    """Columns of equal width: numbers to the right, text to the left."""
+def _aligned(columns: Any, rows: Any, width: int | None = None) -> list[str]:
+    """Columns of equal width: numbers to the right, text to the left.
+
+    Args:
+      width: characters of a line, or None. Columns that do not fit follow below, after the first column.
+    """
     cells = [[_visible(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(columns)]
     is_text = [all(isinstance(row[i], str) for row in rows) for i in range(len(columns))]
 
-    def line(row: Any) -> str:
-        parts = (f"{c:<{w}}" if left else f"{c:>{w}}" for c, w, left in zip(row, widths, is_text, strict=True))
+    def line(row: Any, block: list[int]) -> str:
+        parts = (f"{row[i]:<{widths[i]}}" if is_text[i] else f"{row[i]:>{widths[i]}}" for i in block)
         return ("  " + "  ".join(parts)).rstrip()
 
-    return [line(columns), *map(line, cells)]
+    lines: list[str] = []
+    for block in _blocks(widths, width):
+        lines += [""] * bool(lines) + [line(row, block) for row in (columns, *cells)]
+    return lines
+
+
+def _blocks(widths: list[int], width: int | None) -> list[list[int]]:
+    """The columns of tables below each other that are at most `width` wide if possible; each begins with column 0."""
+    blocks = [[0]]
+    for i in range(1, len(widths)):
+        if width is not None and len(blocks[-1]) > 1 and sum(2 + widths[k] for k in (*blocks[-1], i)) > width:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks
 
 
 def _columns() -> int:

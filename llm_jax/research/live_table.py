@@ -1,5 +1,6 @@
 """The state of a running sweep: a table that is redrawn in a terminal, or lines without a terminal."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,32 @@ from llm_jax.research.points import Point
 
 _LINE_EVERY = 60.0  # seconds between progress lines without a terminal
 _ORDER = (jobs.RUNNING, jobs.FAILED, jobs.ELSEWHERE, jobs.DONE, jobs.ENDED, jobs.WAITING)
+
+
+@dataclasses.dataclass
+class _Speed:
+    """The speed of a point while it runs.
+
+    Attributes:
+      began: start time in seconds of `time.time`.
+      resumed: the step from which the point continues.
+      set_up: seconds until its first step; None before it.
+      seconds_per_step: mean over the steps after the first, with evaluations and saves; None before them.
+    """
+
+    began: float
+    resumed: int
+    set_up: float | None = None
+    seconds_per_step: float | None = None
+    _first: tuple[int, float] = (0, 0.0)  # the first step of this run that was seen, and the time
+
+    def record(self, step: int, now: float) -> None:
+        if step <= self.resumed:
+            return
+        if self.set_up is None:
+            self.set_up, self._first = now - self.began, (step, now)
+        elif step > self._first[0]:
+            self.seconds_per_step = (now - self._first[1]) / (step - self._first[0])
 
 
 class LiveTable:
@@ -34,8 +61,7 @@ class LiveTable:
         self.notice: Callable[[], str] = lambda: ""
         self._painted = 0  # number of lines of the table on the screen
         self._print_changes = print_changes(self._stream)
-        self._began = time.time()
-        self._first_steps: dict[str, int] = {}  # steps that were done before this call
+        self._speeds: dict[str, _Speed] = {}  # of the points that have run since the first call
         self._printed = time.monotonic()
 
     def __call__(self, points: Sequence[Point], statuses: Sequence[jobs.Status]) -> None:
@@ -44,9 +70,12 @@ class LiveTable:
             p.name: p.config.train.steps if s.state == jobs.DONE else metrics[p.name].get("step", 0)
             for p, s in zip(points, statuses, strict=True)
         }
-        for name, done in steps.items():
-            self._first_steps.setdefault(name, done)
-        seconds_left = self._time_left(points, statuses, steps)
+        now = time.time()
+        for status in statuses:
+            if status.state == jobs.RUNNING:
+                speed = self._speeds.setdefault(status.job.name, _Speed(status.began, steps[status.job.name]))
+                speed.record(steps[status.job.name], now)
+        seconds_left = time_left(points, statuses, steps, self._speeds, now)
         if self.is_redrawn:
             self._paint(points, statuses, metrics, steps, seconds_left)
         else:
@@ -55,19 +84,6 @@ class LiveTable:
     def close(self) -> None:
         """Leaves the table on the screen."""
         self._painted = 0
-
-    def _time_left(
-        self, points: Sequence[Point], statuses: Sequence[jobs.Status], steps: Mapping[str, int]
-    ) -> float | None:
-        """Estimated seconds until the last step of all points, or None before the first step."""
-        done = sum(steps[name] - first for name, first in self._first_steps.items())
-        active_states = (jobs.RUNNING, jobs.WAITING)
-        remaining = sum(
-            p.config.train.steps - steps[p.name]
-            for p, s in zip(points, statuses, strict=True)
-            if s.state in active_states
-        )
-        return (time.time() - self._began) / done * remaining if done > 0 else None
 
     def _paint(self, points, statuses, metrics, steps, left: float | None) -> None:
         width, height = shutil.get_terminal_size()
@@ -84,6 +100,36 @@ class LiveTable:
         if time.monotonic() - self._printed > _LINE_EVERY:
             self._printed = time.monotonic()
             print(headline(statuses, left), file=self._stream, flush=True)
+
+
+def time_left(
+    points: Sequence[Point],
+    statuses: Sequence[jobs.Status],
+    steps: Mapping[str, int],
+    speeds: Mapping[str, _Speed],
+    now: float,
+) -> float | None:
+    """Estimated seconds until the last step of all points, or None before the second step of a point.
+
+    The work of each point, its steps and its set-up, is divided by the number of points that run concurrently. A point
+    without a step takes the mean time per step and the shortest set-up of the others.
+    """
+    measured = [speed.seconds_per_step for speed in speeds.values() if speed.seconds_per_step is not None]
+    if not measured:
+        return None
+    each = sum(measured) / len(measured)
+    set_up = min(speed.set_up for speed in speeds.values() if speed.set_up is not None)
+    work = [0.0]
+    for point, status in zip(points, statuses, strict=True):
+        left, speed = point.config.train.steps - steps[point.name], speeds.get(point.name)
+        if status.state == jobs.WAITING:
+            work.append(set_up + left * each)
+        elif status.state == jobs.RUNNING and speed is not None and speed.set_up is None:
+            work.append(max(set_up - (now - speed.began), 0.0) + left * each)
+        elif status.state == jobs.RUNNING and speed is not None:
+            work.append(left * (each if speed.seconds_per_step is None else speed.seconds_per_step))
+    running = sum(status.state == jobs.RUNNING for status in statuses)
+    return max(sum(work) / max(running, 1), max(work))
 
 
 def print_changes(stream: TextIO | None = None) -> Callable[..., None]:

@@ -87,7 +87,7 @@ class Progress:
         self._last_evaluation = ""
         # The first step after compilation, and the time at which it was ready.
         self._first: tuple[int, float] | None = None
-        self.rates: list[float] = []  # tokens per second of every step
+        self.rates: list[float] = []  # input tokens per second of every step, without padding
 
     def step(self, step: int, metrics: Metrics) -> dict[str, Any] | None:
         """Records the metrics of a dispatched step; writes and returns the line of the previous step."""
@@ -113,7 +113,7 @@ class Progress:
         bad = bool(metrics.pop("bad"))
         values = {name: float(value) for name, value in metrics.items()}
         seconds, self._clock = max(ready - self._clock, 1e-9), ready
-        rate = values["tokens"] / seconds
+        rate = values["input_tokens"] / seconds
         self.rates.append(rate)
         mfu = rate * self._flops_per_token / self._peak
         timing = {"tokens_per_second": rate, "mfu": mfu, "seconds": seconds}

@@ -23,7 +23,7 @@ def summarize(
 
     Args:
       metrics: metrics of the final evaluation.
-      rate: tokens per second.
+      rate: input tokens per second, without padding.
     """
     config = setup.config
     summary = {

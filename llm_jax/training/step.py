@@ -137,6 +137,7 @@ def make(
         metrics = {
             "loss": mean,
             "tokens": jnp.sum(batch["mask"]).astype(jnp.float32),
+            "input_tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax.errors import UserError
-from llm_jax.pictures import render_png
+from llm_jax.pictures import render_png, render_text
 from llm_jax.pictures.drawable import Drawable
 from llm_jax.pictures.panels import Heatmaps, Lines, Passage, Picture, Table
 from tests.conftest import call
@@ -55,6 +55,30 @@ def test_colours_follow_the_values():
     assert "\x1b[97;48;2;30;30;30mThe\x1b[0m" in text and " cat↵" in text
 
 
+def test_tables_and_maps_fit_a_terminal(monkeypatch):
+    monkeypatch.setattr(render_text, "_columns", lambda: 40)
+    cells = tuple(f"{c}" * 12 for c in "abcde")
+    panels = (
+        Table("wide", ("name", *"vwxyz"), (("row", *cells), ("last", *cells))),
+        dataclasses.replace(MAPS, rows=()),
+    )
+    lines = render_text.render(Picture("a", panels), color=True).splitlines()
+    assert lines[3:7] == ["  name  v             w", *_rows("a", "b"), ""]
+    assert lines[7:11] == ["  name  x             y", *_rows("c", "d"), ""]
+    assert lines[11:15] == ["  name  z", *_rows("e"), ""]
+    assert lines[-1] == "  columns: a, b"
+    assert render_text.render(Picture("a", panels), color=False).splitlines()[4] == _rows(*"abcde")[0]
+    wide = Heatmaps("wide", ("",), np.zeros((1, 1, 20)), ("a",), tuple(map(str, range(20))), "", 0, 1)
+    text = render_text.render(Picture("a", (wide,)), color=True)
+    assert text.count("m ") >= 20 and "m  " not in text  # one character a cell
+    assert all(len(re.sub(r"\x1b\[[\d;]*m", "", line)) < 40 for line in text.splitlines())
+
+
+def _rows(*letters):
+    values = "  ".join(letter * 12 for letter in letters)
+    return [f"  row   {values}", f"  last  {values}"]
+
+
 def test_pages_hold_everything_and_escape_what_models_and_texts_say():
     page = Everything().html()
     assert page.startswith("<!doctype html>") and "<title>All &lt;panels&gt;</title>" in page
@@ -70,6 +94,22 @@ def test_pages_hold_everything_and_escape_what_models_and_texts_say():
     assert 'title="8 bits"' in page and 'title="no value"' in page and "rgb(25 113 194 / 0.04)" in page
     fragment = Everything()._repr_html_()
     assert fragment.startswith('<div class="llm-jax">') and "<html" not in fragment and fragment in page
+
+
+class Printer:
+    def text(self, text):
+        self.shown = text
+
+
+def test_ipython_shows_the_beginning_of_the_text():
+    printer, result = Printer(), Everything()
+    result._repr_pretty_(printer, False)
+    assert printer.shown == result.text()
+    result.picture = lambda: Picture("long", (dataclasses.replace(TABLE, rows=TABLE.rows * 100),), "note")
+    result._repr_pretty_(printer, False)
+    lines = result.text().splitlines()
+    assert printer.shown.splitlines()[:60] == lines[:60]
+    assert printer.shown.splitlines()[60:] == [f"... and {len(lines) - 60} more lines; print() shows all"]
 
 
 def test_pixels_of_a_map_are_its_values():
@@ -162,6 +202,23 @@ def test_no_title_and_no_table_of_an_image_is_cut():
     assert (pixels[:, -20:] == 1).all() and pixels.shape[1] > 1080
 
 
+def test_a_table_of_an_image_stays_within_its_height():
+    """matplotlib moves a table down by a share of the height of its axes."""
+    rows = tuple(("two\nlines", i, 0.5) for i in range(200))
+    for count in (0, 3, 60, 61, 200):
+        table = dataclasses.replace(TABLE, rows=rows[:count])
+        height = render_png._HEIGHTS[Table](table)
+        with render_png.figure(9, height) as drawing:
+            axis = drawing.add_axes((0, 0, 1, 1))
+            render_png._table(table, axis)
+            drawing.canvas.draw()
+            boxes = [artist.get_window_extent() for artist in (*axis.tables, *axis.texts)]
+            assert min(box.y0 for box in boxes) >= -1 and max(box.y1 for box in boxes) <= height * drawing.dpi + 1
+            texts = [text.get_text() for text in axis.texts]
+            assert texts == ([f"and {count - 60} more rows"] if count > 60 else [])
+            assert not any("\n" in cell.get_text().get_text() for cell in axis.tables[0].get_celld().values())
+
+
 USE = """
   const all = (selector) => [...page.querySelectorAll(selector)];
   report.title = page.title;
@@ -171,7 +228,11 @@ USE = """
   report.overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
   const texts = all("p, td, th, h3, .row");
   report.font = Math.min(...texts.map((text) => parseFloat(frame.getComputedStyle(text).fontSize)));
-  report.labels = Math.min(...all("svg text").map((text) => text.getBoundingClientRect().height));
+  const scale = (matrix) => Math.hypot(matrix.a, matrix.b);
+  const size = (text) => parseFloat(frame.getComputedStyle(text).fontSize) * scale(text.getScreenCTM());
+  report.labels = Math.min(...all("svg text").map(size));
+  report.legend = all(".legend span").map((entry) => entry.textContent);
+  report.styles = all(".legend i").map((line) => frame.getComputedStyle(line).borderTopColor);
   const [cell, row] = [".map img", ".map .row"].map((name) => page.querySelector(name).getBoundingClientRect());
   report.aligned = Math.abs(row.top - cell.top);
   const colored = [[page.body, "backgroundColor"], [page.querySelector("h2"), "color"]];
@@ -185,6 +246,7 @@ def test_pages_are_readable_in_a_browser(tmp_path, width, dark):
     report = drive(Everything().html(), tmp_path, width, dark, USE)
     assert report["problems"] == [] and report["title"] == "All <panels>" and report["sections"] == 5
     assert report["images"] and report["named"] and report["overflow"] <= 0
-    assert report["font"] >= 12 and report["labels"] >= 8 and report["aligned"] < 3
+    assert report["font"] >= 12 and report["labels"] >= 11.5 and report["aligned"] < 3
+    assert report["legend"] == ["head 0", "head 1"] and report["styles"] == ["rgb(76, 132, 196)", "rgb(217, 119, 43)"]
     background, text = (sum(map(int, re.findall(r"\d+", color)[:3])) / 3 for color in report["colors"])
     assert (background < 60 and text > 200) if dark else (background > 200 and text < 60)

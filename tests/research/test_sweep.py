@@ -189,11 +189,11 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     planned = plan(tmp_path, "train.seed=0..4")
     for point in planned:
         point.workdir.mkdir()
+    now = 1000.0
     statuses = [
-        jobs.Status(points.job(p), s)
+        jobs.Status(points.job(p), s, began=now)
         for p, s in zip(planned, ("done", *["running"] * 2, *["waiting"] * 2), strict=True)
     ]
-    now = 1000.0
     monkeypatch.setattr(live_table.time, "time", lambda: now)
     monkeypatch.setattr(live_table.shutil, "get_terminal_size", lambda *arguments, **options: os.terminal_size((90, 8)))
     stream, plain = Terminal(), io.StringIO()
@@ -201,15 +201,25 @@ def test_the_table_shows_states_steps_losses_and_the_time_left(tmp_path, monkeyp
     table(planned, statuses)
     lines(planned, statuses)
     assert "left" not in stream.getvalue()
-    (planned[1].workdir / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5, "tokens_per_second": 1000}\n{"step"')
+    metrics = planned[1].workdir / "metrics.jsonl"
+    metrics.write_text('{"step": 2}\n')
+    now += 30
+    table(planned, statuses)
+    assert "left" not in stream.getvalue()
+    metrics.write_text('{"step": 4, "loss": 2.5, "tokens_per_second": 1000}\n{"step"')
     now += 10
     table(planned, statuses)
     painted = stream.getvalue().rpartition("\x1b[J")[2].splitlines()
     # Four of eight lines, the headline, and place for a notice.
-    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 1
+    assert len(painted) == 5 and stream.getvalue().count("\x1b[5A") == 2
     assert painted[1].split() == ["seed=1", "running", "4/8", "loss", "2.500,", "1,000", "tokens/s"]
-    # 4 steps in 10 s; 4 + 8 + 8 + 8 remain.
-    assert painted[-2] == "... and 2 more" and painted[-1].endswith("1 done, 2 waiting; about 70 s left")
+    # After a set-up of 30 s, 2 steps in 10 s. seed=1: 4 steps, 20 s. seed=2: 8 steps, 40 s; its set-up is late.
+    # The others: 30 s and 40 s each. In two processes: (20 + 40 + 2 * 70) / 2 s.
+    assert painted[-2] == "... and 2 more" and painted[-1].endswith("1 done, 2 waiting; about 2 min left")
+    now += 10
+    metrics.write_text('{"step": 6, "loss": 2.5, "tokens_per_second": 1000}\n')
+    table(planned[:3], statuses[:3])  # seed=1: 2 steps, 10 s; seed=2: 40 s
+    assert stream.getvalue().splitlines()[-1].endswith("about 40 s left")
     statuses[1] = jobs.Status(statuses[1].job, "done")
     lines(planned, statuses)
     assert plain.getvalue().splitlines() == [

@@ -60,6 +60,7 @@ def test_the_first_loss_is_that_of_numpy(make, tiny, batch):
     mask = np.asarray(batch["mask"])
     np.testing.assert_allclose(seen[0]["loss"], -(picked * mask).sum() / mask.sum(), rtol=1e-5)
     assert seen[0]["tokens"] == mask.sum()
+    assert seen[0]["input_tokens"] == (np.asarray(batch["segments"]) > 0).sum() > mask.sum()
 
 
 @pytest.mark.parametrize("variant", [{"accumulation": 4}, {"chunk": 8}, {"accumulation": 2, "chunk": 16}], ids=str)

@@ -150,7 +150,7 @@ def test_the_progress_bar_shows_the_last_evaluation_and_the_time_left(tmp_path, 
     progress = Progress(tmp_path, 0, 40, 1.0, 1e9, detector, ["w"])
     clock = iter(range(0, 100_000, 30))
     monkeypatch.setattr("llm_jax.training.progress.time.perf_counter", lambda: next(clock))
-    metrics = {"loss": 2.0, "tokens": 64.0, "bad": False, "gradient_norms": jnp.ones(1)}
+    metrics = {"loss": 2.0, "tokens": 10.0, "input_tokens": 6000.0, "bad": False, "gradient_norms": jnp.ones(1)}
     for step in range(1, 9):
         progress.step(step, {name: jnp.asarray(value) for name, value in metrics.items()})
         if step == 4:
@@ -158,8 +158,11 @@ def test_the_progress_bar_shows_the_last_evaluation_and_the_time_left(tmp_path, 
     progress.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert "left" not in lines[0] and "held-out" not in lines[0]
+    # 6,000 inputs in 30 s, of which 10 predict a counted target.
     assert re.search(
-        r"step 7 of 40: loss 2.000, .* held-out loss 1.500 at step 4, [\d.]+ (min|h) left$", "\n".join(lines), re.M
+        r"step 7 of 40: loss 2.000, 200 tokens/s, .* held-out loss 1.500 at step 4, [\d.]+ (min|h) left$",
+        "\n".join(lines),
+        re.M,
     )
 
 
