@@ -225,8 +225,38 @@ def test_files_elsewhere_are_refused_unless_the_job_sees_them(directory, capsys,
         assert cli.call(launch.COMMAND, [*flags, f"--volume=claim={directory}", *command]) == 0
 
 
+@pytest.fixture
+def jobset():
+    job = clusters.JobSet("x", "image", 2, 2, {"google.com/tpu": "4"}, {"a": "b"}, {"claim": "/data"})
+    return clusters.jobset(job, ["python", "-m", "llm_jax.train"], True)
+
+
 @pytest.mark.live
-def test_a_jobset_fits_the_schema_of_jobsets():
+def test_a_jobset_has_the_fields_and_types_of_kubeflows_models(jobset):
+    import pydantic
+    from kubeflow_trainer_api.models import jobset_v1alpha2_job_set
+
+    model = jobset_v1alpha2_job_set.JobsetV1alpha2JobSet
+    assert _contains(model.from_dict(jobset).to_dict(), jobset)
+    spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    spec["completionsMode"] = "Indexed"
+    assert not _contains(model.from_dict(jobset).to_dict(), jobset)
+    spec["completions"] = "2"
+    with pytest.raises(pydantic.ValidationError, match="completions"):
+        model.from_dict(jobset)
+
+
+def _contains(parsed, manifest):
+    """Whether no part of the manifest was dropped; a model adds default values, and drops unknown fields."""
+    if isinstance(manifest, dict):
+        return all(key in parsed and _contains(parsed[key], value) for key, value in manifest.items())
+    if isinstance(manifest, list):
+        return len(parsed) == len(manifest) and all(map(_contains, parsed, manifest))
+    return parsed == manifest
+
+
+@pytest.mark.live
+def test_a_jobset_fits_the_schema_of_jobsets(jobset):
     """JOBSET_CRD is the file jobset.x-k8s.io_jobsets.yaml of the JobSet project."""
     import jsonschema
 
@@ -235,12 +265,10 @@ def test_a_jobset_fits_the_schema_of_jobsets():
         pytest.skip("JOBSET_CRD does not name the schema of JobSets")
     versions = yaml.safe_load(pathlib.Path(path).read_text())["spec"]["versions"]
     schema = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1alpha2")
-    job = clusters.JobSet("x", "image", 2, 2, {"google.com/tpu": "4"}, {"a": "b"}, {"claim": "/data"})
-    jsonschema.validate(clusters.jobset(job, ["python", "-m", "llm_jax.train"], True), _closed(schema))
-    wrong = clusters.jobset(job, ["python"], True)
-    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["completionsMode"] = "Indexed"
+    jsonschema.validate(jobset, _closed(schema))
+    jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["completionsMode"] = "Indexed"
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(wrong, _closed(schema))
+        jsonschema.validate(jobset, _closed(schema))
 
 
 def _closed(schema):

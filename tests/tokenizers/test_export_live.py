@@ -21,6 +21,7 @@ from tests.tokenizers.test_named_templates import NAMED
 pytestmark = pytest.mark.live
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "checkpoints" / "family_golden.json").read_text())
+LENGTH = 8  # tokens whose logits are compared: the first of a text, so that a family has one program for all forms
 MORE_TEXTS = ["x 日本 é", "return x;\n\n        yes"]
 
 
@@ -132,8 +133,10 @@ def test_auto_classes_give_our_ids_and_logits(family):
         for text in TEXTS + MORE_TEXTS:
             assert tokenizer(text)["input_ids"] == tokenizers.prompt(ours, text), (name, text)
         encoded = tokenizer("the cat sat on the mat. a dog", return_tensors="pt")
+        encoded = {key: values[:, :LENGTH] for key, values in encoded.items()}
         with torch.no_grad():
             expected = theirs(**encoded)[0].numpy()
         got = run(params, jnp.asarray(encoded["input_ids"].numpy()))
+        assert expected.shape[1] == LENGTH
         np.testing.assert_allclose(got[0] if kind == "bert" else got, expected, atol=2e-4, rtol=1e-4)
         (directory / "tokenizer.model").unlink(missing_ok=True)
