@@ -19,8 +19,8 @@ class TiledQTensor(QTensor):
 
     `lay_out` makes it when a checkpoint is loaded on a CPU whose kernels read tiles; `in_rows` is its inverse.
 
-    Attributes: for the product with a weight (I, O), or along OUT with a transposed table (O, I), where the I inputs take B
-    bytes and have G groups; the others are those of `QTensor`.
+    Attributes: for the product with a weight (I, O), or along OUT with a transposed table (O, I), where the I inputs
+    take B bytes and have G groups; the others are those of `QTensor`.
       codes: (O / 16, B / 4, 16, 4).
       scale, offset: (O / 16, G, 16), or in the shape of `QTensor` where all outputs share them. Quantized scales are a
         QTensor with such codes.
