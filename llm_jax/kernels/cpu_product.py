@@ -19,7 +19,7 @@ from llm_jax.kernels.number_formats import Scheme
 
 # Maximum numbers of rows, by the bits of a code: with more, XLA's matmul of the expanded weight is faster.
 _MAX_ROWS = {8: 4, 4: 16, 2: 16}
-_MAX_ROWS_IN_TILES = 48
+_MAX_ROWS_IN_TILES = 24
 _FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # int32 sums of this many products do not overflow
 
@@ -72,8 +72,8 @@ def products(
     Args:
       x: float32 (..., C).
       weights: (codes, scale, offset) of each weight, whose groups lie along C: axis -2 for a weight (C, F), -1 for
-        (F, C); all of the scheme s. The scale may be (codes, scale, mean) itself. Weights of axis -2 may all be in
-        tiles (`tiles.to_tiles`).
+        (F, C); all of the scheme s. The scale may be (codes, scale, mean) itself. They may all be in tiles
+        (`tiles.to_tiles`).
       path: a name of `native.PATHS`, for tests.
 
     Returns:
@@ -117,7 +117,7 @@ def _call(
 
 
 def expanded_weight(codes: tuple[Any, ...], s: Scheme, path: str = "auto") -> jax.Array:
-    """The values of a weight in tiles: float32 (C, F), as by `number_formats.decode`.
+    """The values of a weight in tiles: float32 (C, F), as by `number_formats.decode`, for both axes of its groups.
 
     Args:
       codes: (codes, scale, offset), see `tiles.to_tiles`.
@@ -148,7 +148,7 @@ def _attributes(codes: tuple[Any, ...], s: Scheme, axis: int, inputs: int, path:
     return {
         "bits": f.bits,
         "group": s.group if s.group > 0 else inputs,
-        "by_output": int(axis == -1),
+        "by_output": int(axis == -1 and not tiles.is_tiled(codes[0])),
         "path": native.PATHS.index(path),
         "values": np.asarray(values, np.float32),
         "scale_values": np.asarray(scale_values, np.float32),

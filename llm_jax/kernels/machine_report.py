@@ -150,11 +150,9 @@ def self_test(names: list[str]) -> str:
 
 def _laid_out(codes: matmul.Codes, s: Scheme) -> matmul.Codes:
     """The codes of a weight as `weights.lay_out` passes them to the kernels of this process."""
-    return (
-        codes
-        if tiles.unsupported_reason(codes[0].shape, s, _AXIS) or tiles.unusable_reason()
-        else tiles.to_tiles(codes)
-    )
+    if tiles.unsupported_reason(codes[0].shape, s, _AXIS) or tiles.unusable_reason():
+        return codes
+    return tiles.to_tiles(codes, _AXIS)
 
 
 def _heads(keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:

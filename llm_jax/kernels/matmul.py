@@ -134,7 +134,7 @@ def xla_blockwise_products(
     x: jax.Array, weights: Sequence[Codes], s: Scheme, axis: int, contracted: int
 ) -> tuple[jax.Array, ...]:
     """As `blockwise_products`, by XLA: the reference of the kernel."""
-    weights = [tiles.from_tiles(codes) for codes in weights]
+    weights = [tiles.from_tiles(codes, axis) for codes in weights]
     values = dataclasses.replace(s, format="nf4_int8") if s.format == "nf4" else s
     rounded = round_blocks(x, s.group if s.group > 0 else x.shape[-1])
     return tuple(xla_product(rounded, codes, values, axis, contracted, jnp.float32) for codes in weights)
@@ -169,11 +169,12 @@ def expanded_products(
     """
 
     def by_xla(x, codes):
-        return xla_product(x, tiles.from_tiles(codes), s, axis, contracted, accumulate).astype(out_dtype)
+        return xla_product(x, tiles.from_tiles(codes, axis), s, axis, contracted, accumulate).astype(out_dtype)
 
     def by_expansion(x, weights):
         expanded = [cpu_product.expanded_weight(codes, s) for codes in weights]
-        return tuple(_product(x, w, contracted, accumulate).astype(out_dtype) for w in expanded)
+        transposed = axis == -1
+        return tuple(_product(x, w, contracted ^ transposed, accumulate).astype(out_dtype) for w in expanded)
 
     def by_cpu(x, weights):
         return tuple(y.astype(out_dtype) for y in cpu_product.products(x, weights, s, axis))

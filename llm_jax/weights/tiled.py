@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import trees
 from llm_jax.kernels import number_formats, tiles
-from llm_jax.weights.quantized import QTensor
+from llm_jax.weights.quantized import IN, QTensor
 
 
 @trees.register
@@ -18,7 +19,8 @@ class TiledQTensor(QTensor):
 
     `lay_out` makes it when a checkpoint is loaded on a CPU whose kernels read tiles; `in_rows` is its inverse.
 
-    Attributes: for a weight (I, O) with B rows of codes and G groups; the others are those of `QTensor`.
+    Attributes: for the product with a weight (I, O), or along OUT with a transposed table (O, I), where the I inputs
+    take B bytes and have G groups; the others are those of `QTensor`.
       codes: (O / 16, B / 4, 16, 4).
       scale, offset: (O / 16, G, 16), or in the shape of `QTensor` where all outputs share them. Quantized scales are a
         QTensor with such codes.
@@ -28,10 +30,16 @@ class TiledQTensor(QTensor):
     def shape(self) -> tuple[int, ...]:
         tiles_of_outputs, quads, outputs, rows = self.codes.shape
         codes = quads * rows, tiles_of_outputs * outputs
+        codes = codes if self.axis == IN else codes[::-1]
         return number_formats.logical_shape(codes, number_formats.scheme(self.scheme), self.axis)
 
     def take(self, ids: jax.Array) -> jax.Array:
-        return self.in_rows().take(ids)
+        if self.axis == IN or self.smooth is not None:  # a group spans several rows
+            return self.in_rows().take(ids)
+        inside = (ids >= 0) & (ids < self.shape[0])
+        rows = tiles.take(self._stored(), jnp.where(inside, ids, 0).reshape(-1))
+        values = number_formats.decode(*rows, number_formats.scheme(self.scheme), self.axis)
+        return jnp.where(inside[..., None], values.reshape(*ids.shape, -1), jnp.nan)
 
     def dense(self) -> jax.Array:
         return self.in_rows().dense()
@@ -42,14 +50,14 @@ class TiledQTensor(QTensor):
 
     def in_rows(self) -> QTensor:
         """The weight with the arrays of `QTensor`."""
-        codes, scale, offset = tiles.from_tiles(self._stored())
+        codes, scale, offset = tiles.from_tiles(self._stored(), self.axis)
         return QTensor(codes, _like(self.scale, scale), offset, self.smooth, self.input_scale, self.scheme, self.axis)
 
 
 def lay_out(params: dict[str, Any]) -> dict[str, Any]:
     """Converts the quantized weights of `params` to the layout in which the kernels of this process read them.
 
-    Weights that no kernel reads in tiles, such as embedding tables and stacked layers, are returned unchanged.
+    Weights that no kernel reads in tiles, such as stacked layers, are returned unchanged.
 
     Raises:
       UserError: see `kernels.native.library`.
@@ -87,7 +95,7 @@ def _laid_out(weight: Any) -> Any:
 
 @jax.jit
 def _tiled(q: QTensor) -> TiledQTensor:
-    codes, scale, offset = tiles.to_tiles(q._stored())
+    codes, scale, offset = tiles.to_tiles(q._stored(), q.axis)
     return TiledQTensor(codes, _like(q.scale, scale), offset, q.smooth, q.input_scale, q.scheme, q.axis)
 
 

@@ -19,7 +19,7 @@ def test_every_scheme_has_a_choice_with_its_reason(command, without_measurements
     assert any(line.startswith(("amx       not used: ", "amx       used for 16")) for line in lines)
     choices = dict(re.findall(r"^  (\w+) +(\w.*)$", "\n".join(lines), re.M))
     in_tiles = any(line.startswith("layout    tiles of 16 outputs") for line in lines)
-    assert choices["int4"] == choices["nf4"] == f"kernel, 1 to {48 if in_tiles else 16} rows"
+    assert choices["int4"] == choices["nf4"] == f"kernel, 1 to {24 if in_tiles else 16} rows"
     assert lines[-1] == "self-test passed"
     assert choices["fp8_e4m3"] == "XLA: the format e4m3 has no kernel"
     assert choices["w8a8"].startswith(("kernel, any rows", "XLA: this CPU has"))

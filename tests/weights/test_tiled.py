@@ -14,7 +14,7 @@ from llm_jax.tokenizers.byte import ByteTokenizer
 from llm_jax.weights import IN, OUT, QTensor, TiledQTensor, quantized
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
-SCHEMES = ("int8", "int8_affine", "int4", "int4_affine", "int4+a8", "int2", "nf4", "nf4+a8", "mxfp4")
+SCHEMES = ("int8", "int8:tensor", "int8_affine", "int4", "int4_affine", "int4+a8", "int2", "nf4", "nf4+a8", "mxfp4")
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,8 @@ def normal(i, *shape):
     return jax.random.normal(jax.random.key(i), shape)
 
 
-def pair(scheme: str) -> tuple[QTensor, TiledQTensor]:
-    q = quantized.to_qtensor(normal(0, 192, 48), scheme, IN)
+def pair(scheme: str, axis: int = IN) -> tuple[QTensor, TiledQTensor]:
+    q = quantized.to_qtensor(normal(0, *((192, 48) if axis == IN else (48, 192))), scheme, axis)
     tiled = weights.lay_out({"w": q})["w"]
     assert type(tiled) is TiledQTensor
     assert tiled.codes.shape[-2:] == (16, 4)
@@ -36,25 +36,27 @@ def pair(scheme: str) -> tuple[QTensor, TiledQTensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_products_and_gradients_equal_those_of_rows(scheme, rows):
-    """Those of few rows bit for bit; XLA may sum in another order after the kernel has expanded a weight."""
-    q, tiled = pair(scheme)
+@pytest.mark.parametrize(("scheme", "axis"), [(s, a) for s in SCHEMES for a in (IN, OUT) if (s[:3], a) != ("nf4", OUT)])
+def test_products_and_gradients_equal_those_of_rows(scheme, axis, rows):
+    """Those of one row bit for bit along IN; XLA may sum in another order after the kernel has expanded a weight."""
+    q, tiled = pair(scheme, axis)
     x, g = normal(1, rows, 192), normal(2, rows, 48)
+    transposed = axis == OUT
 
     @jax.jit
     def both(x, q):
-        y, pull = jax.vjp(lambda x: weights.dot(x, q), x)
-        return y, pull(g)[0], weights.dot(g, q, True)
+        y, pull = jax.vjp(lambda x: weights.dot(x, q, transposed), x)
+        return y, pull(g)[0], weights.dot(g, q, not transposed)
 
     w = np.abs(np.asarray(q.dense(), np.float64))
+    w = w.T if transposed else w
     sizes = np.abs(x) @ w, np.abs(g) @ w.T, np.abs(g) @ w.T  # sums of the magnitudes of the terms
     for tiled_result, result, size in zip(both(x, tiled), both(x, q), sizes, strict=True):
         if not scheme.endswith("+a8"):
             assert (np.abs(tiled_result - result) / size).max() < 4e-7
         else:
             np.testing.assert_allclose(tiled_result, result, rtol=1e-5, atol=1e-5)
-    if rows == 1:
+    if rows == 1 and axis == IN:
         np.testing.assert_array_equal(both(x, tiled)[0], both(x, q)[0])
 
 
@@ -67,13 +69,14 @@ def test_the_weight_is_rounded_to_the_dtype_of_the_activations(dtype):
         np.testing.assert_allclose(weights.dot(x[:rows], tiled, out_dtype=jnp.float32), expected, rtol=2e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_numbers_are_those_of_rows(scheme):
-    q, tiled = pair(scheme)
+@pytest.mark.parametrize(("scheme", "axis"), [(s, a) for s in SCHEMES for a in (IN, OUT) if (s[:3], a) != ("nf4", OUT)])
+def test_the_numbers_are_those_of_rows(scheme, axis):
+    q, tiled = pair(scheme, axis)
     assert tiled.shape == q.shape
     assert weights.num_bytes(tiled) == weights.num_bytes(q)
     np.testing.assert_array_equal(weights.dense(tiled), weights.dense(q))
-    np.testing.assert_array_equal(weights.take(tiled, jnp.array([0, 5])), weights.take(q, jnp.array([0, 5])))
+    ids = jnp.array([[0, 5, -1], [47, q.shape[0], 17]])
+    np.testing.assert_array_equal(weights.take(tiled, ids), weights.take(q, ids))
     again = weights.in_rows({"w": tiled})["w"]
     assert type(again) is QTensor
     jax.tree.map(np.testing.assert_array_equal, again, q)
@@ -90,7 +93,7 @@ def test_weights_in_tiles_and_in_rows_share_no_call():
 def test_what_no_kernel_reads_in_tiles_stays_as_it_is(monkeypatch):
     w = normal(0, 192, 48)
     params = {
-        "table": quantized.to_qtensor(w, "int8", OUT),
+        "table": quantized.to_qtensor(normal(0, 48, 192), "nf4", OUT),
         "integers": quantized.to_qtensor(w, "w8a8", IN),
         "stacked": jax.vmap(lambda w: quantized.to_qtensor(w, "int4", IN))(jnp.stack([w, w])),
         "narrow": quantized.to_qtensor(w[:, :40], "int4", IN),

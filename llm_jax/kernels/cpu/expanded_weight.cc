@@ -10,25 +10,50 @@
 
 #include "machine.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace llm_jax {
 
-#define LLM_JAX_PATH_HEADER "expanded_path.h"
-#include "every_path.h"
+#if LLM_JAX_X86
+LLM_JAX_TARGET("avx2,fma,f16c")
+#include "quads_avx2.h"
+#include "expanded_avx2.h"
+LLM_JAX_END_TARGET
+#endif
+
+// The columns [begin, end) of the result, code by code.
+static void ExpandCodes(const Product& p, int64_t begin, int64_t end) {
+  const int64_t bytes = GroupBytes(p), rows = NumGroups(p) * bytes;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t quad = n / kTileOutputs * (rows / kTileRows) + row / kTileRows;
+      const uint8_t byte = p.codes[(quad * kTileOutputs + n % kTileOutputs) * kTileRows + row % kTileRows];
+      const float scale = ScaleAt(p.scale, row / bytes, n), offset = ScaleAt(p.offset, row / bytes, n);
+      for (int64_t part = 0; part < CodesPerByte(p); ++part) {
+        const int code = (byte >> (part * p.bits)) & ((1 << p.bits) - 1);
+        const float value = p.kind == kTable ? p.table[code] : p.kind == kInt8 ? static_cast<int8_t>(byte) : byte;
+        p.y[(row / bytes * p.group + part * bytes + row % bytes) * p.outputs + n] = value * scale + offset;
+      }
+    }
+  }
+}
 
 // `p.y` is (K, N).
 template <typename Schedule>
 static void Expand(const Product& p, Path path, int64_t threads, const Schedule& schedule) {
+  constexpr int64_t kColumns = 64;  // of a part
   if (path == kAuto) path = FastestPath();
-  InParallel(
-      (p.outputs + portable::kLine - 1) / portable::kLine, threads, false,
-      [&](int64_t i) {
-        const int64_t begin = i * portable::kLine, end = std::min(begin + portable::kLine, p.outputs);
 #if LLM_JAX_X86
-        if (path >= kAvx512) return avx512::Expand(p, begin, end);
-        if (path == kAvx2) return avx2::Expand(p, begin, end);
+  const bool has_avx2 = path >= kAvx2 && reinterpret_cast<uintptr_t>(p.y) % 32 == 0;
 #endif
-        portable::Expand(p, begin, end);
+  InParallel(
+      (p.outputs + kColumns - 1) / kColumns, threads, false,
+      [&](int64_t i) {
+        const int64_t begin = i * kColumns, end = std::min(begin + kColumns, p.outputs);
+#if LLM_JAX_X86
+        if (has_avx2) return avx2::Expand(p, begin, end);
+#endif
+        ExpandCodes(p, begin, end);
       },
       schedule);
 }
