@@ -135,9 +135,7 @@ def test_a_checkpoint_is_loaded_in_tiles_and_saved_in_rows(make, tmp_path):
 @pytest.mark.parametrize("scheme", ["int4", "nf4"])
 def test_stacked_layers_are_those_of_rows(scheme):
     q, tiled_weight = pair(scheme)
-    layers, stacked = (
-        trees.restage({"layers": {"0": {"w": w}, "1": {"w": w}}}, ((1, 2),)) for w in (q, tiled_weight)
-    )
+    layers, stacked = (trees.restage({"layers": {"0": {"w": w}, "1": {"w": w}}}, ((1, 2),)) for w in (q, tiled_weight))
     (expected,), (weight,) = trees.flatten(layers).values(), trees.flatten(stacked).values()
     assert type(weight) is TiledQTensor
     assert weight.shape == expected.shape
