@@ -30,8 +30,8 @@ class TiledQTensor(QTensor):
     def shape(self) -> tuple[int, ...]:
         *layers, tiles_of_outputs, quads, outputs, rows = self.codes.shape
         codes = quads * rows, tiles_of_outputs * outputs
-        codes = (*layers, *(codes if self.axis == IN else codes[::-1]))
-        return number_formats.logical_shape(codes, number_formats.scheme(self.scheme), self.axis)
+        codes = codes if self.axis == IN else codes[::-1]
+        return number_formats.logical_shape((*layers, *codes), number_formats.scheme(self.scheme), self.axis)
 
     def take(self, ids: jax.Array) -> jax.Array:
         if self.axis == IN or self.smooth is not None:  # a group spans several rows
