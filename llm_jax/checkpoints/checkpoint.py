@@ -150,7 +150,9 @@ class Checkpoint(abc.ABC):
             params = trees.unflatten({path: weights.cast(flat.pop(path), dtype) for path in list(flat)})
         params = weights.with_activations(params, activations)
         if not mesh:
-            params = weights.lay_out(params)
+            flat = trees.flatten(params)
+            del params  # one weight at a time exists in both layouts
+            params = trees.unflatten({path: weights.lay_out(flat.pop(path)) for path in list(flat)})
         return Loaded(Transformer(dataclasses.replace(config, scan_layers=is_stacked(params))), params, tokenizer)
 
     def _on_mesh(self, sizes: str) -> Shardings:

@@ -28,10 +28,10 @@ class TiledQTensor(QTensor):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        tiles_of_outputs, quads, outputs, rows = self.codes.shape
+        *layers, tiles_of_outputs, quads, outputs, rows = self.codes.shape
         codes = quads * rows, tiles_of_outputs * outputs
         codes = codes if self.axis == IN else codes[::-1]
-        return number_formats.logical_shape(codes, number_formats.scheme(self.scheme), self.axis)
+        return number_formats.logical_shape((*layers, *codes), number_formats.scheme(self.scheme), self.axis)
 
     def take(self, ids: jax.Array) -> jax.Array:
         if self.axis == IN or self.smooth is not None:  # a group spans several rows
@@ -50,23 +50,26 @@ class TiledQTensor(QTensor):
 
     def in_rows(self) -> QTensor:
         """The weight with the arrays of `QTensor`."""
+        if self.codes.ndim > 4:  # `trees.restage` stacked layers that were loaded one by one
+            return jax.vmap(TiledQTensor.in_rows)(self)
         codes, scale, offset = tiles.from_tiles(self._stored(), self.axis)
         return QTensor(codes, _like(self.scale, scale), offset, self.smooth, self.input_scale, self.scheme, self.axis)
 
 
-def lay_out(params: dict[str, Any]) -> dict[str, Any]:
+def lay_out(params: Any) -> Any:
     """Converts the quantized weights of `params` to the layout in which the kernels of this process read them.
 
     Weights that no kernel reads in tiles, such as stacked layers, are returned unchanged.
+
+    Args:
+      params: a weight of any kind, or a tree of them. Both layouts of all of them exist at once.
 
     Raises:
       UserError: see `kernels.native.library`.
     """
     if not any(_has_tiles(w) for w in jax.tree.leaves(params, is_leaf=_is_qtensor)) or tiles.unusable_reason():
         return params
-    flat = trees.flatten(params)
-    del params  # both layouts of one weight at a time
-    return trees.unflatten({path: _laid_out(flat.pop(path)) for path in list(flat)})
+    return jax.tree.map(lambda w: _tiled(w) if _has_tiles(w) else w, params, is_leaf=_is_qtensor)
 
 
 def in_rows(params: Any) -> Any:
@@ -87,10 +90,6 @@ def _has_tiles(w: Any) -> bool:
         return False
     s = number_formats.scheme(w.scheme)  # XLA computes products with int8 activations of other kinds
     return s.activations in ("", "blocks") and not tiles.unsupported_reason(w.codes.shape, s, w.axis)
-
-
-def _laid_out(weight: Any) -> Any:
-    return jax.tree.map(lambda w: _tiled(w) if _has_tiles(w) else w, weight, is_leaf=_is_qtensor)
 
 
 @jax.jit

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import llm_jax
-from llm_jax import checkpoints, weights
+from llm_jax import checkpoints, trees, weights
 from llm_jax.checkpoints.checkpoint import on_default_device
 from llm_jax.kernels import tiles
 from llm_jax.quant import post_training
 from llm_jax.tokenizers.byte import ByteTokenizer
-from llm_jax.weights import IN, OUT, QTensor, TiledQTensor, quantized
+from llm_jax.weights import IN, OUT, QTensor, TiledQTensor, quantized, tiled
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 SCHEMES = ("int8", "int8:tensor", "int8_affine", "int4", "int4_affine", "int4+a8", "int2", "nf4", "nf4+a8", "mxfp4")
@@ -130,3 +130,33 @@ def test_a_checkpoint_is_loaded_in_tiles_and_saved_in_rows(make, tmp_path):
     saved = checkpoints.open(tmp_path / "again").params(loaded.model.config, on_default_device)
     assert jax.tree.structure(saved) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, saved, params)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_stacked_layers_are_those_of_rows(scheme):
+    q, tiled_weight = pair(scheme)
+    layers, stacked = (trees.restage({"layers": {"0": {"w": w}, "1": {"w": w}}}, ((1, 2),)) for w in (q, tiled_weight))
+    (expected,), (weight,) = trees.flatten(layers).values(), trees.flatten(stacked).values()
+    assert type(weight) is TiledQTensor
+    assert weight.shape == expected.shape
+    np.testing.assert_array_equal(weights.dense(weight), weights.dense(expected))
+    jax.tree.map(np.testing.assert_array_equal, weights.in_rows(stacked), layers)
+
+
+def test_loading_holds_one_weight_at_a_time_in_both_layouts(make, tmp_path, monkeypatch):
+    model, params = make(width=64, mlp_dim=128, scan_layers=False)
+    params = post_training.quantize_params(params, post_training.rules("int4", "int8"), "weights")
+    llm_jax.save(model, params, ByteTokenizer(), tmp_path / "run")
+    live, convert = [], tiled._tiled
+
+    def measured(q):
+        converted = jax.block_until_ready(convert(q))
+        live.append(sum(a.nbytes for a in jax.live_arrays()))
+        return converted
+
+    monkeypatch.setattr(tiled, "_tiled", measured)
+    before = sum(a.nbytes for a in jax.live_arrays())
+    loaded = llm_jax.load(tmp_path / "run")
+    assert len(live) > 4
+    largest = max(weights.num_bytes(w) for w in jax.tree.leaves(params, is_leaf=weights.is_quantized))
+    assert max(live) <= before + weights.num_bytes(loaded.params) + largest
