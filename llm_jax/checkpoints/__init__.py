@@ -122,7 +122,7 @@ def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[s
     for name, (other, _) in zip(names[1:], separated[1:], strict=True):
         if trees.fingerprint(other.params) != fingerprint:
             raise UserError(f"{name}: the base of its adapters differs from the base of {names[0]}")
-    return base, [adapters for _, adapters in separated]
+    return base._replace(params=weights.lay_out(base.params)), [adapters for _, adapters in separated]
 
 
 @typing.overload

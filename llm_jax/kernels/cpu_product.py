@@ -20,7 +20,6 @@ from llm_jax.kernels.number_formats import Scheme
 # Maximum numbers of rows, by the bits of a code: with more, XLA's matmul of the expanded weight is faster.
 _MAX_ROWS = {8: 4, 4: 16, 2: 16}
 _MAX_ROWS_IN_TILES = 24
-_FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 _MOST_INPUTS = 2**20  # int32 sums of this many products do not overflow
 
 
@@ -52,7 +51,7 @@ def unsupported_blockwise_reason(x: jax.Array, codes: tuple[Any, ...], s: Scheme
 
 
 def _unsupported_weight(x: jax.Array, codes: tuple[Any, ...], s: Scheme, axis: int, contracted: int) -> str:
-    if s.format not in _FORMATS:
+    if s.format not in tiles.FORMATS:
         return f"the format {s.format} has no kernel"
     if axis + 2 != contracted:
         return "the groups do not lie along the contracted axis"

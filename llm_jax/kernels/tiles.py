@@ -14,7 +14,7 @@ from llm_jax.kernels.number_formats import Scheme
 
 OUTPUTS, ROWS = 16, 4
 _PATHS = ("avx2", "avx512")  # of `native.PATHS`, whose kernels read tiles
-_FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
+FORMATS = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "e2m1")
 
 Codes = tuple[jax.Array, Any, jax.Array | None]  # codes, scale (an array, or Codes where scales are quantized), offset
 
@@ -26,7 +26,7 @@ def unsupported_reason(shape: tuple[int, ...], s: Scheme, axis: int) -> str:
       shape: of its codes.
       axis: of the groups, which lie along the inputs of a product.
     """
-    if s.format not in _FORMATS:
+    if s.format not in FORMATS:
         return f"the format {s.format} has no kernel"
     if len(shape) != 2:
         return f"codes of the shape {shape}"
@@ -47,7 +47,7 @@ def unusable_reason() -> str:
     """
     if reason := native.unusable_reason():
         return reason
-    library = native.library()
+    library = native.library(silent=True)  # the products themselves say why XLA computes them
     if library is None:
         return "XLA computes everything"
     fastest = native.PATHS[library.llm_jax_fastest_path()]

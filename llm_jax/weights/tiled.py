@@ -55,6 +55,9 @@ class TiledQTensor(QTensor):
         codes, scale, offset = tiles.from_tiles(self._stored(), self.axis)
         return QTensor(codes, _like(self.scale, scale), offset, self.smooth, self.input_scale, self.scheme, self.axis)
 
+    def _codes(self) -> tiles.Codes:
+        return self.in_rows()._codes()
+
 
 def lay_out(params: Any) -> Any:
     """Converts the quantized weights of `params` to the layout in which the kernels of this process read them.
