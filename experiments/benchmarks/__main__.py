@@ -23,7 +23,7 @@ from llm_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
 SPEED = runner.ROOT / "docs" / "speed.md"
-SHOWN = ("cpu", "gpu", "parts", "earlier")  # results with a section in README.md
+SHOWN = ("cpu", "avx2", "gpu", "parts", "earlier")  # results with a section in README.md
 
 flags.DEFINE_enum("suite", "quick", ["quick", "cpu", "parts"], "which measures")
 flags.DEFINE_list("only", [], "names of the suite's measures to run; default: all")

@@ -137,7 +137,8 @@ def make(
         metrics = {
             "loss": mean,
             "tokens": jnp.sum(batch["mask"]).astype(jnp.float32),
-            "input_tokens": jnp.sum(batch["segments"] > 0).astype(jnp.float32),
+            # A batch without padding need not have segments.
+            "input_tokens": jnp.sum(batch.get("segments", batch["mask"]) > 0).astype(jnp.float32),
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad,

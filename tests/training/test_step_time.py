@@ -14,7 +14,7 @@ def test_a_step_takes_the_time_until_its_result_and_not_until_it_is_read(tmp_pat
     monkeypatch.setattr("llm_jax.training.progress.time.perf_counter", lambda: now)
     detector = bad_steps.BadStepDetector(configuration.default().train, ["w"], tmp_path / "metrics.jsonl", 0)
     progress = Progress(tmp_path, 0, 40, 1.0, 1e9, detector, ["w"], verbose=False)
-    metrics = {"loss": 2.0, "tokens": 64.0, "bad": False, "gradient_norms": jnp.ones(1)}
+    metrics = {"loss": 2.0, "tokens": 64.0, "input_tokens": 64.0, "bad": False, "gradient_norms": jnp.ones(1)}
     for step, now in ((1, 1.0), (2, 9.0), (3, 10.0)):  # noqa: B007 (a callback takes eight seconds after step 1)
         progress.step(step, {name: jnp.asarray(value) for name, value in metrics.items()})
     now = 100.0

@@ -144,7 +144,11 @@ static inline __attribute__((always_inline)) void MultiplyAdd(int64_t count, int
     };
     if (ROWS == 1 && count - q0 >= kTogether) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kTogether; ++i) add(q0 + i);
+      for (int64_t i = 0; i < kTogether; ++i) {
+        add(q0 + i);
+        // GCC would otherwise compute the products of all quads before it adds them, and store them meanwhile.
+        for (int d = 0; d < DIGITS; ++d) asm("" : "+x"(acc[0][0][d]), "+x"(acc[0][1][d]));
+      }
     } else {
       for (int64_t q = q0; q < std::min(q0 + kTogether, count); ++q) add(q);
     }
