@@ -267,7 +267,7 @@ def run_sanitized(statements: str, tmp_path: pathlib.Path, *flags: str) -> None:
         "import ctypes, itertools; from llm_jax.kernels import native\n"
         f"library = ctypes.CDLL({str(library)!r}); native.loaded = lambda: (library, '')\n"
         "from tests.kernels import test_cpu_attention, test_cpu_blockwise as b, test_cpu_dense, test_cpu_integers\n"
-        f"from tests.kernels import test_cpu_product as t\n{statements}print('passed')\n"
+        f"from tests.kernels import test_cpu_product as t, test_tiles\n{statements}print('passed')\n"
     )
     environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -281,6 +281,10 @@ def test_address_sanitizer_finds_nothing(tmp_path):
         "    t.test_products_equal_those_in_float64(name, by_output, path)\n"
         "for name, by_output, path in itertools.product(b.ALL_FORMATS, (False, True), filter(t.available, t.PATHS)):\n"
         "    b.check_products(name, by_output, path)\n"
+        "for name, scale in itertools.product(test_tiles.FORMATS, ('float16', 'nested')):\n"
+        "    test_tiles.test_products_equal_those_of_rows(name, scale, False)\n"
+        "    test_tiles.test_products_equal_those_of_rows(name, scale, True)\n"
+        "    test_tiles.test_an_expansion_writes_only_its_result(name)\n"
         "for dtype, path in itertools.product(('float32', 'bfloat16', 'int8'), filter(t.available, t.PATHS[:3])):\n"
         "    test_cpu_attention.test_attention_equals_the_formula_in_float64(path, dtype)\n"
         "for by_output in (False, True):\n"

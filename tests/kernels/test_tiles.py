@@ -110,12 +110,29 @@ def test_tiles_and_rows_are_inverse(scheme, axis):
     jax.tree.map(np.testing.assert_array_equal, tiles.from_tiles(tiles.to_tiles(stored, axis), axis), stored)
 
 
+def expand(p, y_at: int, tiled: bool = True) -> str:
+    """Writes the values of a weight by the C function; returns what it says is wrong, or ""."""
+    function = native.loaded()[0].llm_jax_expanded_weight
+    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64]
+    arrays = p.tiles()
+    request = p.request(y_at, arrays["codes"].ctypes.data, 0, arrays["scale"].ctypes.data)
+    request.tiled, request.scale.tiled = tiled, tiled
+    return (function(request, 0, 2) or b"").decode()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_expansion_writes_only_its_result(format):
+    p = draw(format, 384, 144, 1, group=64, scale="float16")
+    result = np.full((384, 144), np.nan, np.float32)
+    with guarded(result) as y:
+        assert not expand(p, y)
+        ctypes.memmove(result.ctypes.data, y, result.nbytes)
+    np.testing.assert_allclose(result, p.weight(), rtol=1e-6)
+
+
 def test_an_expansion_refuses_codes_in_rows():
     p = draw("int4", 192, 80, 1, group=64)
-    library, _ = native.loaded()
-    function = library.llm_jax_expanded_weight
-    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(CProduct), ctypes.c_int64, ctypes.c_int64]
-    assert function(p.request(p.no_result().ctypes.data), 0, 1) == b"the layout of the codes"
+    assert expand(p, p.no_result().ctypes.data, tiled=False) == "the layout of the codes"
 
 
 @pytest.mark.parametrize(
