@@ -1,7 +1,6 @@
 """Weights in tiles: the products are those of weights in rows, bit for bit, and nothing beyond them is read."""
 
 import ctypes
-import dataclasses
 import itertools
 import re
 
@@ -153,16 +152,3 @@ def test_an_expansion_refuses_codes_in_rows():
 def test_weights_without_tiles_are_named(shape, scheme, axis, reason):
     result = tiles.unsupported_reason(shape, number_formats.scheme(scheme), axis)
     assert re.search(reason, result) if reason else not result
-
-
-def test_two_digits_of_the_largest_magnitudes_do_not_overflow():
-    """As `test_cpu_product.test_sums_of_the_largest_terms_do_not_overflow`, for sums over a whole panel of a tile."""
-    for format in FORMATS:
-        p = draw(format, 768, 80, 2, group=0)
-        p.x[:] = 127 * 65536 - 128 * 256 - 128
-        p.x[1] *= -1
-        for byte in (0x00, 0x7F, 0x80, 0xFF):
-            p.codes.view(np.uint8)[:] = byte
-            for blockwise in (False, True):
-                whole = dataclasses.replace(p).run(blockwise=blockwise, tiled=True)
-                np.testing.assert_array_equal(whole, p.run(blockwise=blockwise))
