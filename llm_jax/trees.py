@@ -254,7 +254,11 @@ def _record(weight: Any) -> dict[str, Any] | None:
 
 
 def fingerprint(tree: Tree) -> str:
-    """The sha256, in hexadecimal, of the per-layer names, dtypes, shapes and bits of all weights, in any layout."""
+    """The sha256, in hexadecimal, of the per-layer names, dtypes, shapes and bits of all weights.
+
+    It does not depend on whether layers are stacked. Pass quantized weights of a loaded model through `weights.in_rows`
+    first: those that `weights.lay_out` has laid out in tiles have another shape.
+    """
     digest = hashlib.sha256()
     flat = flatten(tree)
     named = sorted((name, path, i) for path in flat for i, name in enumerate(expand(path)))

@@ -2,6 +2,7 @@
 // set, inside a namespace and with the compiler's target set; so it has no include guard.
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kAhead = 8;  // keys that are fetched in advance
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87. NaN stays NaN.
 static inline float Exp(float x) {
@@ -26,6 +27,12 @@ static inline float Exp(float x) {
   return tiny ? 0.0f : p * power;
 }
 
+// Fetches a row of a cache in advance. The rows of a head are too far apart for the CPU to foresee.
+template <typename T>
+static inline void Fetch(const T* row, int64_t width) {
+  for (int64_t h = 0; h < width; h += 64 / sizeof(T)) __builtin_prefetch(row + h);
+}
+
 template <typename T>
 static inline float Dot(const float* q, const T* k, int64_t width) {
   float acc[kLanes] = {};
@@ -35,10 +42,10 @@ static inline float Dot(const float* q, const T* k, int64_t width) {
   }
   float sum = 0;
   for (; h < width; ++h) sum += q[h] * static_cast<float>(k[h]);
-  for (int64_t half = kLanes / 2; half; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) acc[i] += acc[i + half];
-  }
-  return acc[0] + sum;
+  float eight[8], four[4];
+  for (int64_t i = 0; i < 8; ++i) eight[i] = acc[i] + acc[i + 8];
+  for (int64_t i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
+  return ((four[0] + four[2]) + (four[1] + four[3])) + sum;
 }
 
 // y += the sum of w[j] v[j] over `count` (at most 4) rows of v.
@@ -94,6 +101,10 @@ static void HeadOf(const Attention& a, int64_t row, int64_t head, const int64_t*
       if (a.bias) bias = a.bias + (((a.bias_rows == 1 ? 0 : row) * a.heads + n) * a.queries + t) * a.keys;
       for (int64_t j = 0; j < count; ++j) {
         const int64_t s = keys[j];
+        if (t + g == 0) {  // later queries read them from the caches
+          if (j + kAhead < count) Fetch(k + keys[j + kAhead] * stride, a.width);
+          Fetch(v + s * stride, a.width);
+        }
         float score = Dot(q, k + s * stride, a.width) * scale;
         if (a.k_scale) score *= HalfToFloat(a.k_scale[first_scale + s * a.kv_heads]);
         if (a.softcap != 0) score = a.softcap * std::tanh(score / a.softcap);

@@ -70,7 +70,7 @@ static void Visible(const Attention& a, int64_t row, std::vector<int64_t>* keys)
 
 template <typename Schedule>
 static void Run(const Attention& a, Path path, int64_t threads, const Schedule& schedule) {
-  constexpr int64_t kWorth = 1 << 17;  // multiplications that are worth the waking of a thread
+  constexpr int64_t kWorth = 1 << 15;  // multiplications that are worth the waking of a thread
   if (path == kAuto) path = FastestPath();
   const int64_t work = a.rows * a.queries * a.keys * a.heads * a.width;
   InParallel(

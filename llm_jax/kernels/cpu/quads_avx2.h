@@ -208,7 +208,10 @@ static inline void ScalesOfTile(const Scales& s, int64_t rows, int64_t column, i
     return;
   }
   const int64_t first = ScaleIndex(s, 0, column), stride = s.tiled ? kTileOutputs : s.columns;
+  const int64_t size = s.kind == kFloat16 ? 2 : 4;
+  const char* next = static_cast<const char*>(s.data) + (first + kTileOutputs * rows) * size;
   for (int64_t row = 0; row < rows; ++row, scales += kTileOutputs) {
+    if (s.tiled) _mm_prefetch(next + row * kTileOutputs * size, _MM_HINT_T0);
     for (int64_t i = 0; i < kTileOutputs; i += 8) {
       const int64_t at = first + row * stride + i;
       if (s.kind == kFloat16) {
