@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import grain.python  # noqa: F401  its flags, which it defines once, are no script's
 import pytest
 from absl import flags
 
