@@ -218,7 +218,7 @@ def test_records_are_checked(directory):
         lambda: texts("my_pages.py:pages", kind=kind)
     )
     assert "with values that JSON cannot hold" in refused(lambda: texts("my_pages.py:objects", kind=kind))
-    with_hash = readers.chosen("my_pages.py:pages")
+    with_hash = readers.resolve("my_pages.py:pages")
     assert "must record the hash" in refused(lambda: readers.get(with_hash.partition("#")[0]))
 
 
