@@ -95,7 +95,7 @@ def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypat
 
 
 def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch):
-    monkeypatch.setattr(locks, "_BEAT", 0.04)
+    monkeypatch.setattr(locks, "_HEARTBEAT", 0.04)
     monkeypatch.setattr(locks, "_STALE", 0.4)
     lock = files.lock(directory)
     files.check_lock(lock)
