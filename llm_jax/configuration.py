@@ -143,10 +143,8 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
         return recipe_path
     name, colon, _ = str(source).partition(":")
     if colon and (name in recipes() or pathlib.Path(name).is_file()):
-        raise UserError(
-            f"configuration '{source}': a recipe has no arguments after a colon; give --config={name} and override its "
-            "options with --config.KEY=VALUE"
-        )
+        cure = f"give --config={name} and override its options with --config.KEY=VALUE"
+        raise UserError(f"configuration '{source}': a recipe has no arguments after a colon; {cure}")
     near = difflib.get_close_matches(path.stem, recipes(), 1)
     raise UserError(
         f"configuration '{source}': no such file; {f'did you mean {near[0]!r}? ' if near else ''}expected a recipe "
