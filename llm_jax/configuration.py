@@ -141,6 +141,10 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path:
     packaged = recipes_directory() / path.name
     if path.parts[:-1] in ((), ("configs",)) and (recipe_path := packaged.with_suffix(".py")).is_file():
         return recipe_path
+    name, colon, _ = str(source).partition(":")
+    if colon and (name in recipes() or pathlib.Path(name).is_file()):
+        cure = f"give --config={name} and override its options with --config.KEY=VALUE"
+        raise UserError(f"configuration '{source}': a recipe has no arguments after a colon; {cure}")
     near = difflib.get_close_matches(path.stem, recipes(), 1)
     raise UserError(
         f"configuration '{source}': no such file; {f'did you mean {near[0]!r}? ' if near else ''}expected a recipe "

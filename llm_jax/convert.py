@@ -107,7 +107,7 @@ def _family(name: str) -> str:
 
 
 def _peft(checkpoint: "Checkpoint", output: pathlib.Path, name: str) -> None:
-    """Writes the adapters of a run as a directory of peft."""
+    """Writes the adapters of a run as a peft directory."""
     from llm_jax import lora
     from llm_jax.checkpoints import Adapters, abstract_params, peft_export
     from llm_jax.model.transformer import Transformer

@@ -243,9 +243,9 @@ def cache_directory() -> pathlib.Path:
 
 
 def check_local(path: str | os.PathLike[str]) -> None:
-    """Raises UserError for an address such as https://host/run, which would create a local directory of that name."""
+    """Raises UserError for a URL such as https://host/run, which would create a local directory of that name."""
     if not object_store.is_object(path) and re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):
-        raise UserError(f"{path}: an address cannot be written to; give a directory, such as one of a mounted bucket")
+        raise UserError(f"{path}: URLs are not supported; give a directory, such as one of a mounted bucket")
 
 
 def check_reachable(path: pathlib.Path) -> None:

@@ -183,7 +183,7 @@ def show_positions(f: cli.Flags) -> None:
         model, params, _ = _loaded(f)
         _print(f, positions(model.config, params, f.distance))
     else:
-        _print(f, positions(machine_choice.fixed(f.config.model), None, f.distance))
+        _print(f, positions(machine_choice.machine_independent(f.config.model), None, f.distance))
 
 
 def show_embeddings(f: cli.Flags) -> None:

@@ -14,6 +14,8 @@ from llm_jax.errors import UserError
 from llm_jax.schema import option_names
 from tests.conftest import ROOT
 
+FREEZE_FIRST_LAYER = (("layers/0/.*", 0.0), (".*", 1.0))
+
 
 def default():
     return runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
@@ -177,6 +179,7 @@ def test_an_invalid_configuration_is_named(source, message, tmp_path, monkeypatc
         ({"optim.decay_rules": (("x", 0.0), (".*", 1.0))}, "the rule 'x' matches no parameter"),
         ({"lora.rank": 4}, "lora.rank trains adapters over pretrained weights; name them with init_from"),
         ({"eval.prompts": "def "}, r"'eval.prompts' is 'def '; expected tuple of str, such as \('a', 'b'\)"),
+        ({"optim.lr_rules": FREEZE_FIRST_LAYER, "model.scan_layers": True}, "set model.scan_layers=False"),
         ({"optim.lr_rules": "x"}, r"'optim.lr_rules' is 'x'; expected \(\(pattern, value\), ...\), such as"),
         ({"optim.lr": float("inf")}, r"'optim.lr' is inf; expected a finite number \(float, at least 0\)"),
     ],
@@ -185,6 +188,13 @@ def test_an_invalid_configuration_is_named(source, message, tmp_path, monkeypatc
 def test_config_raises_the_errors_of_the_command_line(changes, message):
     with pytest.raises(UserError, match=message):
         llm_jax.config("default", changes)
+
+
+@pytest.mark.parametrize("scan_layers", [False, "auto"])
+def test_config_accepts_rules_that_distinguish_layers_unless_layers_are_scanned(scan_layers):
+    """On a CPU, `auto` unrolls layers; where it scans them, `train` refuses these rules."""
+    changes = {"optim.lr_rules": FREEZE_FIRST_LAYER, "model.scan_layers": scan_layers}
+    assert llm_jax.config("default", changes).optim.lr_rules == FREEZE_FIRST_LAYER
 
 
 def test_config_does_not_initialize_devices(monkeypatch):

@@ -251,7 +251,7 @@ def test_other_tables(directory, monkeypatch, tiny):
         "three": "returns int; expected an optax transformation",
         "fails": "RuntimeError: no",
     }.items():
-        assert message in refused(lambda name=name: optim._rule(f"wrong:{name}").make(tiny.optim))
+        assert message in refused(lambda name=name: optim._update_rule(f"wrong:{name}").make(tiny.optim))
     for name, message in {
         "complete": "the updates have the opposite sign of the gradients; leave out the learning rate and the sign",
         "crashes": "it fails (ZeroDivisionError: division by zero, wrong.py line",
@@ -259,7 +259,7 @@ def test_other_tables(directory, monkeypatch, tiny):
     }.items():
         config = dataclasses.replace(tiny.optim, kind=f"wrong:{name}", decay_rules=((".*", 1.0),))
         assert message in refused(lambda config=config: optim.make(config, 8, {"w": jnp.zeros((4, 3))}))
-    assert (optim._rule("my_sign:sign").hidden, optim._rule("my_sign:sign").vectors) == (1, 0)
+    assert (optim._update_rule("my_sign:sign").hidden, optim._update_rule("my_sign:sign").vectors) == (1, 0)
 
 
 def test_loss_is_used(directory, monkeypatch, tiny):

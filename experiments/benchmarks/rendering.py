@@ -64,7 +64,7 @@ def markdown(record: Record) -> str:
     if ratios:
         lines += ["", "Ratios, medians over the rounds (smallest to largest):", ""]
         lines += table(
-            ["", "beside", "figure", "ratio"], [[r["side"], r["rival"], r["figure"], spread(r)] for r in ratios]
+            ["", "baseline", "figure", "ratio"], [[r["side"], r["rival"], r["figure"], spread(r)] for r in ratios]
         )
     if record["of bounds"]:
         bounds = ", ".join(f"{name} {number(b['median'])}" for name, b in record["bounds"].items() if "/s" in name)
@@ -86,7 +86,7 @@ def highlights(records: Mapping[str, Record]) -> str:
             if re.fullmatch(r".*/s|(GPU )?peak MiB|seconds", r["figure"]) and not _hidden(record, r["figure"]):
                 state = " (busy)" if record["quiet"] is False else ""
                 rows.append([record["title"], r["side"], r["figure"], r["rival"], spread(r) + state])
-    return "\n".join(table(["measure", "", "figure", "beside", "ratio"], rows))
+    return "\n".join(table(["measure", "", "figure", "baseline", "ratio"], rows))
 
 
 def _hidden(record: Record, figure: str) -> bool:

@@ -105,7 +105,7 @@ def load_separately(*names: str | os.PathLike[str]) -> tuple[Loaded, list[dict[s
     layer.
 
     Args:
-      names: runs with adapters, or directories of peft.
+      names: runs with adapters, or peft directories.
 
     Raises:
       UserError: as for `load`; or a checkpoint has no adapters, the bases differ, or adapters cannot be separated from

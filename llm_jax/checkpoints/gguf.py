@@ -94,7 +94,7 @@ class _Reader:
         self.position = 0
 
     def bad(self, what: str) -> UserError:
-        return UserError(f"{self.path}: not a sound GGUF file: {what} (at byte {self.position:,})")
+        return UserError(f"{self.path}: not a valid GGUF file: {what} (at byte {self.position:,})")
 
     def take(self, count: int, what: str) -> memoryview:
         if count > len(self.data) - self.position:

@@ -128,7 +128,7 @@ _OTHER_KEYS = (
 )
 # Keys that are accepted with these values only, with which they do not affect the computation.
 _NEUTRAL_KEYS: dict[str, tuple[Any, ...]] = {
-    "tensor_data_layout": ("Meta AI original pth",),  # of the heads: that of every file
+    "tensor_data_layout": ("Meta AI original pth",),  # the layout of the heads; all files have this value
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "expert_count": (0,),

@@ -33,7 +33,7 @@ from llm_jax.tokenizers import Tokenizer
 
 
 class Peft(Checkpoint):
-    """A directory of peft. Its parameters are the base, which it names, with the adapters attached.
+    """A peft directory. Its parameters are the base, which it names, with the adapters attached.
 
     Args:
       open_base: opens the checkpoint of a base from the name that the adapters record.

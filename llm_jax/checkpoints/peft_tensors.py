@@ -47,7 +47,7 @@ Table = dict[str, list[tuple[TensorSpec, str]]]  # stored tensor -> (spec, path)
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTensors:
-    """The content of a directory of peft. Names are peft's without their prefix `ROOT`.
+    """The content of a peft directory. Names are peft's without their prefix `ROOT`.
 
     Attributes:
       directory: the directory that was read.
@@ -69,7 +69,7 @@ class AdapterTensors:
 
 
 def read(directory: pathlib.Path) -> AdapterTensors:
-    """Reads a directory of peft.
+    """Reads a peft directory.
 
     Raises:
       UserError: a file is missing or damaged, or a setting is not supported.

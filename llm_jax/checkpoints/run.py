@@ -6,7 +6,7 @@
       arrays/          parameters, their moving average if the run keeps one, and optimizer state, written by Orbax
       record.json      format version, step, held-out loss, hash of the corpus, and the kind, shape and dtype of every
                        weight; for adapters also the path and the hash of their base
-      generation_config.json  how to sample, in copies of checkpoints that state it
+      generation_config.json  default sampling options, if the source checkpoint has them
       manifest.json    the sha256 of every other file
 
 A checkpoint is written under a temporary name and renamed once the manifest exists, so that a killed process leaves

@@ -31,10 +31,10 @@ class Writer:
     Args:
       workdir: the run directory.
       corpus: the sha256 of the training text, which the records keep.
-      other: `trees.fingerprint` of the frozen model of the loss, which the records keep, or "".
+      reference: `trees.fingerprint` of the frozen model in the loss, which the records keep, or "".
       base: for adapters, {"path", "sha256"} of the weights that they adapt, which the records keep.
       generation: the content of generation_config.json; no such file is written if it is empty.
-      lock: the `files.lock` of the run. Once another trainer has taken it over, nothing is written or removed.
+      lock: the `files.lock` of the run. Once another trainer has taken over the lock, nothing is written or removed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Writer:
         config: Config,
         tokenizer: Tokenizer,
         corpus: str,
-        other: str = "",
+        reference: str = "",
         base: dict[str, str] | None = None,
         generation: Mapping[str, Any] | None = None,
         lock: Any = None,
@@ -51,7 +51,8 @@ class Writer:
         import orbax.checkpoint as ocp  # slow to import, and loading most checkpoints does not need it
 
         self.directory = workdir / "checkpoints"
-        self._config, self._tokenizer, self._corpus, self._other, self._base = config, tokenizer, corpus, other, base
+        self._config, self._tokenizer, self._corpus = config, tokenizer, corpus
+        self._reference, self._base = reference, base
         self._generation, self._lock = generation, lock
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
@@ -105,8 +106,8 @@ class Writer:
         arrays = {"params": params, "optimizer": optimizer}
         if ema is not None:
             arrays["ema"], record["ema"] = ema, trees.describe(ema)
-        if self._other:
-            record["other"] = self._other
+        if self._reference:
+            record["other"] = self._reference  # the key of this fingerprint in all versions
         if self._base:
             record["base"] = self._base
         if jax.default_backend() == "cpu":  # Orbax reads the buffers themselves, which the next step overwrites

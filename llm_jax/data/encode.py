@@ -4,9 +4,9 @@
 
 "instructions": a record has `messages`, each with a `role` and a `content`, or a `prompt` and its `answer` (or
 `completion`; or `question` and `answer`, or `query` and `response`, without a `context`); or it is a record of ShareGPT
-(`conversations` with `from` and `value`) or of Alpaca (`instruction`, `input`, `output`, `history`). A `system` beside
-them is the first message. What the assistant writes counts, unless a message says otherwise by `weight`, `train`,
-`trainable`, `loss` or `loss_mask` (0 or false).
+(`conversations` with `from` and `value`) or of Alpaca (`instruction`, `input`, `output`, `history`). A field
+`system` is the first message. The loss counts the messages of the assistant, except those whose field `weight`,
+`train`, `trainable`, `loss` or `loss_mask` is 0 or false.
 
 "preferences": a record has a `prompt` and two answers, `chosen` and `rejected`, and gives two examples in this order.
 Prompt and answers are text or lists of messages; if there is no prompt, or both answers repeat it, their common first

@@ -69,8 +69,8 @@ def read(catalog: Catalog, options: LabelledConfig) -> tuple[list[LabelledText],
     choices = options.choices or _choices(label for label, _ in labels.values())
     if len(choices) < 2:
         raise UserError(
-            f"the labels of {', '.join(catalog.names)} are {', '.join(choices) or 'none'}; expected two different "
-            "ones at least: see data.labelled.label_field and data.labelled.choices"
+            f"the labels of {', '.join(catalog.names)} are {', '.join(choices) or 'none'}; expected at least two "
+            "different labels; see data.labelled.label_field and data.labelled.choices"
         )
     ordered = sorted(labels, key=lambda text: hashlib.sha256(text.encode()).digest())
     return [LabelledText(text, _index(*labels[text], catalog, options, choices)) for text in ordered], choices

@@ -52,19 +52,19 @@ def get(name: str) -> FileFormat:
     Raises:
       UserError: see `extensions.load`.
     """
-    return FORMATS[name] if name in FORMATS else _own(name)
+    return FORMATS[name] if name in FORMATS else _custom(name)
 
 
 @functools.lru_cache(64)
-def _own(specification: str) -> FileFormat:
+def _custom(specification: str) -> FileFormat:
     extension = extensions.load(OPTION, extensions.require_hash(OPTION, specification))
     extension.bind(extension.target)  # checks the options
     scan = functools.partial(custom_format.scan, extension)
     return FileFormat(scan, functools.partial(custom_format.read, extension), seekable=False)
 
 
-def chosen(name: str) -> str:
-    """The value of `data.format` as a name for `get`; "" for "auto".
+def resolve(name: str) -> str:
+    """Converts a value of `data.format` to a name for `get`; "" for "auto".
 
     Raises:
       UserError: no such format; see also `extensions.load`.

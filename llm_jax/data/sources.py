@@ -85,43 +85,44 @@ def files(
     "stdlib" is the source code of the running Python's standard library, each package a group; "asset:NAME" is one of
     `llm_jax.assets`; "hf:NAME" and "hf:NAME:SPLIT" are data sets of `datasets`. Every other source is a file, a
     directory (without hidden files) or a glob pattern, on a disk or in an object store (gs://, s3://). The suffix of a
-    file says what it holds: JSON lines, CSV, TSV, Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A
-    text file is one document; the only file of a source is cut into several.
+    file determines its format: JSON lines, CSV, TSV, Parquet or text, which may be compressed (.gz, .bz2, .xz, .zst). A
+    text file is one document; if it is the only file of its source, it is split into several.
 
     Args:
       prefix: whether names begin with the source, which makes them unique among several sources.
       option: the option or flag that names the source, for error messages.
-      split_single_file: whether the only file of a source is cut, if it holds text.
+      split_single_file: whether a text file that is the only file of its source is split into several documents.
       form: the option `data.format`, which applies to all files.
 
     Raises:
       UserError: there is no such asset, file, directory or format.
     """
-    chosen = readers.chosen(form)
-    if chosen and source.startswith("hf:"):
+    format_name = readers.resolve(form)
+    if format_name and source.startswith("hf:"):
         raise UserError(f"{readers.OPTION}={form} applies to files; {option}={source} is a data set of datasets")
     if source == "stdlib":
-        files = [dataclasses.replace(f, format=chosen or f.format) for f in _stdlib()]
+        files = [dataclasses.replace(f, format=format_name or f.format) for f in _stdlib()]
     elif source.startswith("hf:"):
         files = [File(source, "", source[3:], "hf")]
     elif object_store.is_object(source):
         object_store.check(object_store.path(source))
         addresses = object_store.glob(source)
         visible = [name for name in addresses if not any(part.startswith(".") for part in name.split("/"))]
-        files = [_file(addresses[name], name, addresses[name] == source, chosen) for name in visible]
+        files = [_file(addresses[name], name, addresses[name] == source, format_name) for name in visible]
         if not files:
             raise UserError(f"{option}={source}: no such object or directory, and no object matches it as a glob")
     else:
         path = assets.locate(source)
         if path.is_file():
-            files = [_file(path, path.name, True, chosen or _asset_format(source))]
+            files = [_file(path, path.name, True, format_name or _asset_format(source))]
         elif path.is_dir():
             files = [
-                _file(p, p.relative_to(path).as_posix(), False, chosen) for p in _visible_files(path, option, source)
+                _file(p, p.relative_to(path).as_posix(), False, format_name)
+                for p in _visible_files(path, option, source)
             ]
         else:
             names = glob.glob(str(path), recursive=True)
-            files = [_file(pathlib.Path(n), n, False, chosen) for n in names if pathlib.Path(n).is_file()]
+            files = [_file(pathlib.Path(n), n, False, format_name) for n in names if pathlib.Path(n).is_file()]
             if not names:
                 raise UserError(_missing(source, option))
     if not split_single_file:
@@ -151,7 +152,7 @@ def _missing(source: str, option: str) -> str:
     """The error message for a source that is not a file, with a suggestion."""
     asset = difflib.get_close_matches(source, assets.ASSETS, 1, 0.7)
     if "://" in source:
-        cure = "; an address is not read, download the file first"
+        cure = "; URLs are not supported, download the file first"
     elif asset:
         cure = f"; did you mean asset:{asset[0]}?"
     elif re.fullmatch(r"[\w-]+(/[\w-]+)?", source) and not pathlib.Path(source).parent.name:

@@ -1,4 +1,4 @@
-"""Locks of directories of an object store, which has none of its own: objects that are created once and kept alive."""
+"""Locks of directories in an object store: objects that are created conditionally and renewed by heartbeats."""
 
 import contextlib
 import json
@@ -14,17 +14,17 @@ from typing import Any
 from llm_jax.errors import UserError
 from llm_jax.object_store import store
 
-_BEAT = 5.0  # seconds between the signs of life of the holder of a lock
-_STALE = 30.0  # seconds without one after which a lock is taken over
+_HEARTBEAT = 5.0  # seconds between heartbeats of the holder of a lock
+_STALE = 30.0  # seconds without a heartbeat after which another process takes over the lock
 
 
 class Lock:
-    """A lock of a directory, which other processes respect that make a `Lock` there.
+    """A lock of a directory, held against all other processes that create a `Lock` there.
 
-    The lock is an object `NAME-NUMBER`, created on condition that there is none (If-None-Match; ifGenerationMatch=0).
-    The holder writes it again every few seconds. A process that finds it watches it: after `_STALE` seconds without a
-    change, or at once if its process is gone from this machine, it creates the one of the next number. No clocks of
-    two machines are compared.
+    The lock is an object `NAME-NUMBER`, created on condition that it does not exist (If-None-Match;
+    ifGenerationMatch=0). The holder rewrites it every few seconds (a heartbeat). A process that finds the object
+    watches it: after `_STALE` seconds without a change, or at once if the holder ran on this machine and has ended, it
+    takes over the lock by creating the object with the next number. Clocks of different machines are not compared.
 
     Raises:
       UserError: another process holds the lock, or it cannot be written.
@@ -40,11 +40,11 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken the lock over."""
+        """Raises UserError if another process has taken over the lock."""
         if self._numbers()[-1:] != [self._number] or not self._is_own():
             raise UserError(
-                f"{self._directory}: another trainer has taken this run over, because this one gave no sign of life "
-                f"for {_STALE:.0f} s; it goes on there"
+                f"{self._directory}: another trainer has taken over this run, because this one sent no heartbeat for "
+                f"{_STALE:.0f} s; the run continues there"
             )
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Lock:
             return
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # a lock that stays is stale soon
+        with contextlib.suppress(Exception):  # a lock that is not deleted becomes stale
             if self._is_own():
                 store.delete(self._object(self._number))
 
@@ -71,7 +71,7 @@ class Lock:
         return number
 
     def _watch(self, number: int) -> None:
-        """Returns when lock `number` is stale or released. Raises UserError if its holder is at work."""
+        """Returns when lock `number` is stale or released. Raises UserError if its holder is running."""
         before = self._read(number)
         until = time.monotonic() + _STALE
         if before and before.get("machine") == self._own["machine"]:
@@ -80,12 +80,12 @@ class Lock:
             raise self._refusal(before)
         if before:
             print(
-                f"{self._directory}: locked by {_describe(before)}; waiting up to {_STALE:.0f} s for a sign of life",
+                f"{self._directory}: locked by {_describe(before)}; waiting up to {_STALE:.0f} s for a heartbeat",
                 file=sys.stderr,
                 flush=True,
             )
         while time.monotonic() < until:
-            time.sleep(min(_BEAT / 4, max(until - time.monotonic(), 0.0)))
+            time.sleep(min(_HEARTBEAT / 4, max(until - time.monotonic(), 0.0)))
             now = self._read(number)
             if not now:
                 return
@@ -94,7 +94,7 @@ class Lock:
 
     def _keep(self) -> None:
         beat = 0
-        while not self._stop.wait(_BEAT):
+        while not self._stop.wait(_HEARTBEAT):
             with contextlib.suppress(Exception):  # the network may come back; `check` says whether the lock is lost
                 if not self._is_own():
                     return
@@ -131,11 +131,11 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """What distinguishes this start of this machine, and its container, from others."""
+    """An id of this boot of this machine and of its container."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {boot.read_text().strip()} {pathlib.Path('/proc/self/ns/pid').readlink()}"
-    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # unknown: the signs of life decide
+    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # unknown: only heartbeats show whether the holder runs
 
 
 def _started(process: int) -> str:

@@ -72,7 +72,7 @@ def parse(text: str, config: MeshConfig) -> MeshConfig:
 
 
 def device_array(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices as an array of this shape, whose last axes have the shortest ways over the network.
+    """Devices as an array of this shape; devices that differ in the last axes have the fastest connections.
 
     The first axis spans the slices of a TPU, so that no other collective crosses the slow network between them.
 

@@ -3,7 +3,7 @@
     with processes.connected("10.0.0.1:1234", num_processes=2, process_id=0): ...
 
 Process 0 is the main process: it prints, and writes every file except its share of the arrays of a checkpoint. With one
-process everything here is immediate.
+process, no function of this module waits or communicates.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def connected(
 
     Args:
       coordinator_address: HOST:PORT of process 0, the same in all processes.
-      num_processes: the number of processes; 1 alone: this process only, in a cluster too.
-      process_id: which one this is, from 0.
+      num_processes: the number of processes; 1 without the other arguments: a single process, even in a cluster job.
+      process_id: index of this process, from 0.
       coordinator_bind_address: HOST:PORT at which process 0 listens. By default `coordinator_address`, and for a
         detected cluster that port on all interfaces.
       timeout: seconds to wait for all processes.
@@ -111,8 +111,8 @@ def _explicit(address: str, count: int, index: int) -> tuple[str, int, int, None
     flags = f"--coordinator_address={address} --num_processes={count} --process_id={index}"
     if not address or count < 1 or not 0 <= index < count:
         raise UserError(
-            f"{flags}: expected all three, HOST:PORT of process 0, the number of processes, and which of them this is, "
-            "from 0"
+            f"{flags}: expected all three: HOST:PORT of process 0, the number of processes, and the index of this "
+            "process, from 0"
         )
     return (address, count, index, None) if count > 1 else None
 
@@ -337,8 +337,7 @@ class StopAgreement:
     Every process calls the object once after dispatching each step. A process that wants to stop proposes a step a
     little ahead. All processes see the proposal in time, because no process can be more than two steps ahead of
     another: a process dispatches step n + 1 only after it has read the metrics of step n - 1, to which all processes
-      have
-    contributed.
+    have contributed.
     """
 
     def __init__(self) -> None:

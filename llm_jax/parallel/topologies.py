@@ -28,7 +28,7 @@ class Chip:
       clock: clock of the matrix units in Hz; 0: not published.
       rank: number of axes of its topologies; those of GPUs are hosts and GPUs per host.
       devices: JAX devices per chip.
-      wrapped: number of chips from which on an axis of the topology is a ring.
+      wrapped: minimum number of chips along an axis at which the axis of a slice is a ring (wraps around).
       gpu: what the compiler must know about a GPU; None for a TPU.
     """
 

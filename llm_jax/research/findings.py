@@ -32,7 +32,7 @@ class Estimate:
       condition: the setting, such as "alibi" or "alibi / 8x"; "" if the finding has only one estimate.
       estimate: the value, usually a mean over seeds or examples; None if `values` or `text` is used.
       low, high: the limits of its interval, or of its range if the measure is a range; None: not measured.
-      n: number of independent values behind the estimate; None: the number of the finding.
+      n: number of independent values behind the estimate; None: `n` of the finding.
       seed: the seed of a measurement with a single seed.
       values: individual values, such as one for each seed.
       text: a result that is not a number, such as names.

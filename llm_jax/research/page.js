@@ -312,7 +312,7 @@ function drawRest() {
   const scales = new Set(data.groups.map((g) => g.scale)).size;
   byId("summary").textContent = `${many(total, "run")} in ${many(data.groups.length, "group")}; runs of a group differ in the seed alone. ` +
     `Intervals are 95 % over the seeds, differences are paired by seed; unfinished runs are in neither. ` +
-    (scales > 1 ? "Groups with other held-out texts (or, for losses, tokenizers) have no difference: their figures cannot be compared. " : "") +
+    (scales > 1 ? "Groups with other held-out texts (or, for losses, tokenizers) have no difference: their metrics cannot be compared. " : "") +
     (data.note && `Note: ${data.note}. `) + `${data.date}.`;
   const most = (key) => Math.max(...data.groups.map((g) => g[key] ?? 0));
   drawTable("resources", ["group", "tokens/s", "memory, MiB", "minutes"], data.groups.map((g) => [

@@ -1,6 +1,6 @@
 """report.html: a self-contained page about runs.
 
-The figures are JSON in the page; page.js draws curves, tables and parallel coordinates from them.
+The data are JSON in the page; page.js draws curves, tables and parallel coordinates from them.
 """
 
 import datetime
@@ -29,7 +29,7 @@ _BODY = """<header><h1>{title}</h1><p id="summary"></p></header>
 <label>Differences to <select id="baseline"></select></label></p>
 <div class="scroll"><table id="groups"></table></div></section>
 <section><h2>Curves</h2>
-<p class="controls"><label>Figure <select id="metric"></select></label>
+<p class="controls"><label>Metric <select id="metric"></select></label>
 <label><input id="log" type="checkbox"> logarithmic</label></p>
 <div id="curves" class="plot"></div><p class="note" id="caption"></p>
 <ul id="legend"></ul></section>

@@ -159,7 +159,7 @@ class Group:
         return sum(not run.is_finished for run in self.runs)
 
     def best(self, name: str) -> Measurement | None:
-        """The best measurement (`Run.best`) of the finished runs, or None."""
+        """The best measurement (`RunRecord.best`) of the finished runs, or None."""
         points = [point for run in self.runs if run.is_finished and (point := run.best(name))]
         return min(points, key=lambda point: point.value, default=None)
 

@@ -17,7 +17,7 @@ ATTRIBUTES = {
     "bos_token_id": "tokenizer.bos",
     "capture": "llm_jax.model.capture.capture",
     "complete": "llm_jax.decoding.complete.complete",
-    "configure_optimizers": "the options of optim; setup_lib.setup(config, vocab_size) returns the compiled step",
+    "configure_optimizers": "the options of optim; llm_jax.training.setup.setup builds the optimizer and the step",
     "convert_ids_to_tokens": "tokenizer.piece of each id",
     "convert_tokens_to_ids": "tokenizer.encode",
     "DecodingOptions": "llm_jax.decoding.options.DecodingOptions",

@@ -66,7 +66,7 @@ class TokenizerConfig:
     # `path` or init_from may also be "hub" (tokenizer.json) or "sentencepiece" (tokenizer.model)
     kind: str
     vocab_size: CountOrZero  # number of ids, special ids included; an upper bound for "char"; ignored by "byte"
-    path: str  # path to an existing tokenizer, which has its kind and vocab_size; "": train one
+    path: str  # path to an existing tokenizer, which determines kind and vocab_size; "": train one
     # name of the chat template, if the tokenizer has several, such as "tool_use"; "": chosen for each record
     chat_template: str
 

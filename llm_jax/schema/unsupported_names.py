@@ -9,7 +9,7 @@ EXPLAINED: dict[str, str] = {
     "backend": "devices of one machine need no backend; --coordinator_address connects several processes",
     "cpu": "the environment variable JAX_PLATFORMS=cpu chooses the CPU",
     "compile": "every step is compiled",
-    "device": "JAX takes an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
+    "device": "JAX uses an accelerator if there is one; the variable JAX_PLATFORMS=cpu, cuda or tpu chooses",
     "device_map": "the model is placed on the default device; JAX_PLATFORMS=cpu, cuda or tpu chooses it",
     "dropout": "the model has no dropout; lora.dropout applies to adapters",
     "eval_only": "python -m llm_jax.evaluate --checkpoint=WORKDIR evaluates a run",
@@ -57,7 +57,7 @@ EXPLAINED: dict[str, str] = {
         "train.seq_len) steps"
     ),
     "eval_packing": "documents and examples are always packed into rows, and attention does not cross them",
-    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 keeps the hub out",
+    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 prevents access to the hub",
     "lora.bias": "adapters train no biases",
     "lora.task_type": "the model determines the task",
     "max_length": (
@@ -85,12 +85,12 @@ EXPLAINED: dict[str, str] = {
     ),
     "run_name": "a run has the name of its --workdir",
     "subfolder": "give the path of the subdirectory",
-    "token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
+    "token": "huggingface_hub uses the token of `hf auth login` or of the environment variable HF_TOKEN",
     "tokenizer_name": "the tokenizer is that of init_from; a new model takes tokenizer.kind or tokenizer.path",
     "train_on_inputs": (
         "data.kind=instructions counts the answers of the assistant only; data.kind=text counts every token"
     ),
-    "use_auth_token": "huggingface_hub takes the token of `hf auth login` or of the environment variable HF_TOKEN",
+    "use_auth_token": "huggingface_hub uses the token of `hf auth login` or of the environment variable HF_TOKEN",
     "warmup_ratio": "optim.warmup_steps is the number of steps of the warmup: the ratio times train.steps",
     "wandb_project": "the environment variable WANDB_PROJECT names the project",
     "wandb_run_name": "a run has the name of its --workdir",
@@ -180,6 +180,16 @@ EXPLAINED: dict[str, str] = {
     "trainable_token_indices": "adapters of the embeddings are lora.targets=embeddings; single rows are not trained",
     "truncation_mode": "examples that do not fit into train.seq_len are left out or refused, not cut",
     "eval_delay": "eval.every is the number of steps between evaluations",
+    "keep_ckpt_steps": "checkpoint.keep_last and checkpoint.keep_best decide what is kept",
+    "log_steps": "eval.every is the interval of evaluations; metrics.jsonl has a line for every step",
+    "log_training_steps": "metrics.jsonl in the workdir has a line for every step",
+    "model_name": "--config=RECIPE and the options of model determine the model",
+    "prefetch_to_device": "batches are always prefetched",
+    "shuffle_buffer_size": "every epoch is a permutation of all rows, by train.seed",
+    "total_epochs": (
+        "train.steps is the length of a run; an epoch has about (training tokens) / (train.batch_size * "
+        "train.seq_len) steps"
+    ),
     "use_qalora": "lora.variant chooses the variant; it is not implemented",
     "corda_config": "lora.variant chooses how adapters are initialized",
     "eva_config": "lora.variant chooses how adapters are initialized",

@@ -87,7 +87,7 @@ def get(kind: str) -> type[Tokenizer]:
         raise selected.error(f"expected a class with the members of Tokenizer; it lacks {', '.join(missing)}")
     selected.bind(cls.train)  # checks the names of the options
 
-    class Own(cls):
+    class Custom(cls):
         kind = selected.specification
 
         @classmethod
@@ -95,7 +95,7 @@ def get(kind: str) -> type[Tokenizer]:
             train = functools.partial(super().train, **selected.options)
             return selected.call(train, texts, vocab_size)
 
-    return Own
+    return Custom
 
 
 def from_files(files: dict[str, bytes]) -> PretrainedTokenizer:

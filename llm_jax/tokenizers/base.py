@@ -85,8 +85,8 @@ class Tokenizer(Protocol):
         """The tokenizer that `files` determine. Raises UserError for files that cannot be read."""
 
 
-class OtherNames:
-    """Base class of the built-in tokenizers: their display, and answers for names that other libraries have."""
+class BuiltInTokenizer:
+    """Base class of the built-in tokenizers: their `repr`, and errors that translate names of other libraries."""
 
     if not TYPE_CHECKING:  # for which every attribute would exist
 

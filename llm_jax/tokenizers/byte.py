@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, consecutive_spans
+from llm_jax.tokenizers.base import SPECIAL, BuiltInTokenizer, consecutive_spans
 
 _FIRST = 3
 
@@ -21,7 +21,7 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-class ByteTokenizer(OtherNames):
+class ByteTokenizer(BuiltInTokenizer):
     """One token per byte."""
 
     kind: ClassVar[str] = "byte"

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, consecutive_spans
+from llm_jax.tokenizers.base import SPECIAL, BuiltInTokenizer, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 
 
-class CharTokenizer(OtherNames):
+class CharTokenizer(BuiltInTokenizer):
     """One token per character. Characters outside the vocabulary become the unknown id, which decodes to U+FFFD."""
 
     kind: ClassVar[str] = "char"

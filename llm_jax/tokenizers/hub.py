@@ -12,11 +12,11 @@ from llm_jax.errors import UserError
 from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import gguf_vocabulary, hub_files, hub_vocabulary
 from llm_jax.tokenizers import special as special_tokens
-from llm_jax.tokenizers.base import OtherNames, byte_spans, consecutive_spans, eos_ids
+from llm_jax.tokenizers.base import BuiltInTokenizer, byte_spans, consecutive_spans, eos_ids
 from llm_jax.tokenizers.byte import utf8
 
 
-class HubTokenizer(OtherNames):
+class HubTokenizer(BuiltInTokenizer):
     """A tokenizer.json with the names of its special tokens and its chat template. See `base.PretrainedTokenizer`."""
 
     kind: ClassVar[str] = "hub"

@@ -69,7 +69,7 @@ def completed(files: Mapping[str, bytes]) -> str:
         if isinstance(error, UserError):
             raise
         names = ", ".join(name for name in ("tokenizer.json", *parsed) if name in files)
-        raise UserError(f"a token in {names} has not the form of a token ({error!r})") from error
+        raise UserError(f"a token in {names} is not a valid token ({error!r})") from error
     return text if json.dumps(content) == before else json.dumps(content, ensure_ascii=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import sentencepiece
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, consecutive_spans
+from llm_jax.tokenizers.base import SPECIAL, BuiltInTokenizer, VocabularyTooLarge, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 from llm_jax.tokenizers.sentencepiece_json import (
     NORMAL,
@@ -102,7 +102,7 @@ def _with_exact_scores(model: bytes) -> bytes:
     return p.SerializeToString()
 
 
-class BpeTokenizer(OtherNames):
+class BpeTokenizer(BuiltInTokenizer):
     """Merges of characters, the most frequent pair first (Sennrich et al. 2016, arXiv:1508.07909)."""
 
     kind: ClassVar[str] = "bpe"

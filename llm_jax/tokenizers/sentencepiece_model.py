@@ -12,7 +12,7 @@ import sentencepiece.sentencepiece_model_pb2
 from llm_jax.errors import UserError
 from llm_jax.schema import other_libraries
 from llm_jax.tokenizers import special as special_tokens
-from llm_jax.tokenizers.base import OtherNames, byte_spans, eos_ids
+from llm_jax.tokenizers.base import BuiltInTokenizer, byte_spans, eos_ids
 from llm_jax.tokenizers.byte import utf8
 
 proto: Any = sentencepiece.sentencepiece_model_pb2  # made at import, so unknown to type checkers
@@ -23,7 +23,7 @@ _GGML = "tokenizer.ggml."
 _CHARSMAP = f"{_GGML}precompiled_charsmap"  # the normalization of a unigram vocabulary, uint8
 
 
-class SentencePieceTokenizer(OtherNames):
+class SentencePieceTokenizer(BuiltInTokenizer):
     """A SentencePiece model with its special tokens and its chat template. See `base.PretrainedTokenizer`."""
 
     kind: ClassVar[str] = "sentencepiece"

@@ -117,7 +117,7 @@ def read(
       where no file states it), and "eos_ids" where the files name ids that end a text.
 
     Raises:
-      UserError: an id that ends a text is no number.
+      UserError: an id that ends a text is not a number.
     """
     parsed = {name: parse(files, name) for name in FILES if name.endswith(".json")}
     config, model = parsed["tokenizer_config.json"], parsed["config.json"]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import tokenizers as library
 
 from llm_jax.errors import UserError
-from llm_jax.tokenizers.base import SPECIAL, OtherNames, VocabularyTooLarge, byte_spans, consecutive_spans
+from llm_jax.tokenizers.base import SPECIAL, BuiltInTokenizer, VocabularyTooLarge, byte_spans, consecutive_spans
 from llm_jax.tokenizers.byte import utf8
 
 _HYPHENATED = r" ?\w+(?:[-'’]\w+)*| ?[^\w\s]|\s"  # "Fine-tuning" is one word
@@ -30,7 +30,7 @@ CONTINUES = "##"  # begins a WordPiece that does not begin a word
 _UNKNOWN = SPECIAL[3]
 
 
-class WordTokenizer(OtherNames):
+class WordTokenizer(BuiltInTokenizer):
     """The most frequent words, hyphenated ones whole, and punctuation marks."""
 
     kind: ClassVar[str] = "word"

@@ -49,13 +49,18 @@ def check(config: Config) -> None:
         return
     transformer.check_length(config.model, config.train.seq_len)
     choice("model.attention_kernel", config.model.attention_kernel, attention_kernels.IMPLEMENTATIONS)
-    # The layout and the kernel do not change the weights, and selecting a kernel would initialize the devices.
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size or 512
-    plain = dataclasses.replace(
-        machine_choice.fixed(config.model), vocab_size=vocab_size, scan_layers=True, attention_kernel="plain"
+    # `auto` may select unrolled layers, for which rules may distinguish layers. The kernel does not change the weights,
+    # and selecting one would initialize the devices.
+    scan_layers = config.model.scan_layers is True
+    model = dataclasses.replace(
+        machine_choice.machine_independent(config.model),
+        vocab_size=vocab_size,
+        scan_layers=scan_layers,
+        attention_kernel="plain",
     )
     method = trainable.training_method(config)
-    base = abstract_params(Transformer(plain))
+    base = abstract_params(Transformer(model))
     params, _ = jax.eval_shape(method.init, base, jax.random.key(0))
     method.optimizer(base, params)
 

@@ -19,9 +19,9 @@ _BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # {flag of /proc/
 _MAX_UNROLLED = 64  # maximum number of unrolled layers; each adds about half a second of compile time
 
 
-def fixed(model: ModelConfig) -> ModelConfig:
+def machine_independent(model: ModelConfig) -> ModelConfig:
     """Replaces `auto` by values that do not depend on the machine. These options do not change shapes."""
-    return _with(model, True, "float32")
+    return _replace_auto(model, True, "float32")
 
 
 def resolve(model: ModelConfig, platform: str, instructions: Collection[str]) -> tuple[ModelConfig, list[str]]:
@@ -49,7 +49,7 @@ def resolve(model: ModelConfig, platform: str, instructions: Collection[str]) ->
         reason = "unrolled layers are faster on a CPU and take less memory"
     if model.scan_layers == "auto":
         lines.append(f"model.scan_layers=auto: {scan}, because {reason}")
-    return _with(model, scan, compute), lines
+    return _replace_auto(model, scan, compute), lines
 
 
 def advice(config: Config, platform: str, instructions: Collection[str]) -> str:
@@ -63,7 +63,7 @@ def advice(config: Config, platform: str, instructions: Collection[str]) -> str:
     return f"note: {flags} train faster on this machine, in {fastest.precision.compute}"
 
 
-def _with(model: ModelConfig, scan: bool, compute: str) -> ModelConfig:
+def _replace_auto(model: ModelConfig, scan: bool, compute: str) -> ModelConfig:
     """Replaces "auto" in the model by these values."""
     if model.precision.compute == "auto":
         model = dataclasses.replace(model, precision=dataclasses.replace(model.precision, compute=compute))

@@ -77,7 +77,7 @@ class StepSizes:
 
 def step_sizes(config: Config) -> StepSizes:
     """The `StepSizes` of a configuration with a `model.vocab_size`."""
-    parts = setup(_named(config) if config.lora.rank else config)
+    parts = setup(_with_placeholder_base(config) if config.lora.rank else config)
     state, c = parts.state, config.train
     return StepSizes(
         parameters=num_parameters(parts.base),
@@ -108,7 +108,7 @@ def describe(e: StepSizes, config: Config) -> str:
 def of_variant(config: Config, kind: str) -> Memory:
     """The memory of the step of one of `KINDS`, or "as given" of the configured step; needs `model.vocab_size`."""
     config = config if kind == "as given" else variant(config, kind)
-    parts = setup(_named(config) if config.lora.rank else config)
+    parts = setup(_with_placeholder_base(config) if config.lora.rank else config)
     return of_forward_pass(parts) if kind == "forward" else of_training_step(parts)
 
 
@@ -122,10 +122,10 @@ def variant(config: Config, kind: str) -> Config:
     quant = dataclasses.replace(config.quant, scheme="nf4" if kind == "qlora" else "")
     if adapters:
         quant = dataclasses.replace(quant, qat=dataclasses.replace(quant.qat, scheme=""))
-    return _named(dataclasses.replace(config, lora=lora, quant=quant))
+    return _with_placeholder_base(dataclasses.replace(config, lora=lora, quant=quant))
 
 
-def _named(config: Config) -> Config:
+def _with_placeholder_base(config: Config) -> Config:
     """Sets a placeholder as `init_from` of adapters; it is not read, because only shapes are needed."""
     return dataclasses.replace(config, init_from=config.init_from or "unnamed")
 

@@ -1,9 +1,10 @@
 """Optimizers and schedules by name, built on optax. An optimizer may be a custom function (`extensions`).
 
-    gradients -> clipping -> update of `optim.kind` -> x width scaling -> + weight decay -> x lr_rules -> x rate
+    gradients -> clipping -> update rule (`optim.kind`) -> times width scaling -> plus weight decay
+              -> times `optim.lr_rules` -> times learning rate
 
-Scanned layers are stacked in one array. Every rule treats each layer as a separate weight, so that updates do not
-depend on `model.scan_layers`.
+Scanned layers are stacked in one array. Every update rule treats each layer as a separate weight, so that updates do
+not depend on `model.scan_layers`.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from llm_jax.parallel import mesh as mesh_lib
 from llm_jax.schema import OptimConfig, Rules, choice, derived
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """An update rule and the scaling of its learning rates with the width of the model.
 
     Attributes:
@@ -38,15 +39,15 @@ class Rule(NamedTuple):
     vectors: float
 
 
-OPTIMIZERS: dict[str, Rule] = {
+OPTIMIZERS: dict[str, UpdateRule] = {
     # Loshchilov and Hutter 2019, arXiv:1711.05101
-    "adamw": Rule(lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps), 1, 0),
+    "adamw": UpdateRule(lambda c: optax.scale_by_adam(c.beta1, c.beta2, c.eps), 1, 0),
     # Chen et al. 2023, arXiv:2302.06675; all entries have equal size, as in Adam, so table 8 applies as for Adam
-    "lion": Rule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
-    "adafactor": Rule(lambda c: _adafactor(), 1, 0),
+    "lion": UpdateRule(lambda c: optax.scale_by_lion(c.beta1, c.beta2), 1, 0),
+    "adafactor": UpdateRule(lambda c: _adafactor(), 1, 0),
     # The update is an orthogonal matrix times sqrt(width) and changes features by sqrt(width): half of Adam's power.
-    "muon": Rule(lambda c: _muon(c), 0.5, 0),
-    "sgd": Rule(lambda c: optax.trace(c.beta1), 0, -1),
+    "muon": UpdateRule(lambda c: _muon(c), 0.5, 0),
+    "sgd": UpdateRule(lambda c: optax.trace(c.beta1), 0, -1),
 }
 
 
@@ -109,8 +110,8 @@ def make(
 
     Args:
       params: the parameter tree of the model (arrays or shapes); the rules match its names.
-      width_ratio: base width / width (`transformer.width_ratio`). It scales the updates of the rule but not the weight
-        decay, which shrinks weights by the same factor at every width.
+      width_ratio: base width / width (`transformer.width_ratio`). It scales the updates of the update rule but not the
+        weight decay, which shrinks weights by the same factor at every width.
       adapters: the trainable tree if it is not `params`: the parts (a, b, ...) of adapters. They have the decay and the
         learning rate of the adapted weight.
       b_lr_ratio: factor on the learning rate of the parts b (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
@@ -124,7 +125,7 @@ def make(
         return factors if adapters is None else {p: factors[p.rsplit("/", 1)[0]] for p in trees.flatten(adapters)}
 
     trainable = params if adapters is None else adapters
-    rule = _rule(config.kind)
+    rule = _update_rule(config.kind)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(rule.make(config))
     if config.kind not in OPTIMIZERS:
@@ -144,8 +145,8 @@ def make(
     return optax.chain(*parts)
 
 
-def _rule(kind: str) -> Rule:
-    """The rule of `optim.kind`. The learning rates of a custom optimizer scale with the width like Adam's."""
+def _update_rule(kind: str) -> UpdateRule:
+    """The update rule of `optim.kind`. The learning rates of a custom optimizer scale with the width like Adam's."""
     rule = extensions.select("optim.kind", kind, OPTIMIZERS)
     if not isinstance(rule, extensions.Extension):
         return rule
@@ -157,7 +158,7 @@ def _rule(kind: str) -> Rule:
             raise rule.error(f"it returns {type(transformation).__name__}; expected an optax transformation")
         return transformation
 
-    return Rule(custom_rule, 1, 0)
+    return UpdateRule(custom_rule, 1, 0)
 
 
 def _check_custom(kind: str, transformation: optax.GradientTransformation, params: Any) -> None:
@@ -189,26 +190,28 @@ def _check_custom(kind: str, transformation: optax.GradientTransformation, param
         )
 
 
-def shardings(state: Any, params: Any, placed: Any, copies: NamedSharding) -> Any:
+def shardings(state: Any, params: Any, params_shardings: Any, replicated: NamedSharding) -> Any:
     """Returns the shardings of an optimizer state; an entry that belongs to a weight is sharded like the weight.
 
     A state contains trees like the parameters; some have axes of size 1 (factored moments), and some lack the weights
-    of other rules. The end of a leaf's path is the path of its weight.
+    of other update rules. The end of a leaf's path is the path of its weight.
 
     Args:
       state, params: trees of shapes.
-      placed: tree of the shardings of the parameters.
-      copies: the sharding of everything else (step counts).
+      params_shardings: tree of the shardings of the parameters.
+      replicated: the sharding of everything else (step counts).
     """
     weights, _ = jax.tree_util.tree_flatten_with_path(params)
-    known = {keys: (len(leaf.shape), s) for (keys, leaf), s in zip(weights, jax.tree.leaves(placed), strict=True)}
+    known = {
+        keys: (len(leaf.shape), s) for (keys, leaf), s in zip(weights, jax.tree.leaves(params_shardings), strict=True)
+    }
 
     def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(keys)):
-            rank, sharding = known.get(keys[start:], (-1, copies))
+            rank, sharding = known.get(keys[start:], (-1, replicated))
             if rank == len(leaf.shape):
                 return NamedSharding(sharding.mesh, mesh_lib.divisible_spec(sharding.spec, leaf.shape, sharding.mesh))
-        return copies
+        return replicated
 
     return jax.tree_util.tree_map_with_path(place, state)
 

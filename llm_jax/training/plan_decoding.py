@@ -29,7 +29,7 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     mesh = mesh_lib.make(config.mesh, devices)
     model, _ = loop.unrolled(Transformer(with_dtype(config.model, config.model.precision.compute)), {})
     shapes = jax.eval_shape(lambda p: post_training.quantize_base(p, config.quant), abstract_params(model))
-    params = _placed(shapes, mesh_lib.shardings(shapes, config.mesh.rules, mesh))
+    params = _with_shardings(shapes, mesh_lib.shardings(shapes, config.mesh.rules, mesh))
     rows, length = config.train.batch_size, config.train.seq_len
     split = NamedSharding(mesh, mesh_lib.divisible_spec(P(mesh_lib.BATCH), (rows,), mesh))
     prompts = jax.ShapeDtypeStruct((rows, steps.bucket(length)), jnp.int32, sharding=split)
@@ -38,10 +38,10 @@ def compiled(config: Config, devices: list[Any]) -> tuple[Any, Mesh]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the platform determines the kernels
         settings = jax.eval_shape(lambda: loop.draw_settings(model, Sampler(), range(rows)))
         prefill = loop.prefill_and_draw.of_model(model).lower(capacity, 0, params, settings, prompts, lengths)
-        state = _placed(prefill.out_info, prefill.compile().output_shardings)
+        state = _with_shardings(prefill.out_info, prefill.compile().output_shardings)
         until = jax.ShapeDtypeStruct((), jnp.int32)
         return loop.advance.of_model(model).lower(params, settings, state, until).compile(), mesh
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)

@@ -158,7 +158,7 @@ def report(config: Config, topology: Topology, decode: bool = False) -> Report:
         if "cuDNN not found" not in str(error):
             raise
         raise UserError(
-            f"--topology={topology.name}: model.attention_kernel=cudnn, the choice of auto, needs cuDNN, which is not "
+            f"--topology={topology.name}: model.attention_kernel=cudnn, which auto selects, needs cuDNN, which is not "
             "installed: pip install 'llm_jax[plan-gpu]', or set --config.model.attention_kernel=plain"
         ) from error
     sizes = dict(mesh.shape)
@@ -216,9 +216,9 @@ def collective_seconds(row: Any, mesh: dict[str, int], topology: Topology) -> fl
     """The time of collectives (`hlo.Collectives`) on otherwise idle links of a chip, in seconds."""
     chip, axes = topology.chip, row.axes.split("+")
     slow = row.axes == "slices"
-    ways = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in axes)
+    group_size = topology.slices if slow else math.prod(mesh.get(axis, 1) for axis in axes)
     passes = 2 if row.kind == "all-reduce" else 1
-    share = (ways - 1) / ways if ways > 1 else 1.0
+    share = (group_size - 1) / group_size if group_size > 1 else 1.0
     if chip.gpu is not None:
         speed = _gpu_speed([axis in axes for axis in mesh], tuple(mesh.values()), topology)
     else:

@@ -231,9 +231,9 @@ class Progress:
         self._file = _reopen(self._path, step, self._lock)
         self._bar.n = step
         self._bar.refresh()
-        self.pause()
+        self.restart_clock()
 
-    def pause(self) -> None:
+    def restart_clock(self) -> None:
         """Restarts the clock after an evaluation or a save, whose time is not part of a step."""
         self._clock = time.perf_counter()
 

@@ -239,18 +239,20 @@ def setup(
     if config.model.vocab_size and config.model.vocab_size < vocab_size:
         size = config.model.vocab_size
         raise UserError(f"config key 'model.vocab_size' is {size}; the tokenizer has {vocab_size} ids")
-    sized = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-    config = dataclasses.replace(config, model=sized)
+    model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+    config = dataclasses.replace(config, model=model_config)
 
     # ---------------------------------------------------------------- mesh and model
     checks.check_training(config)
     mesh = mesh_lib.make(config.mesh, devices)
     platform = mesh.devices.flat[0].platform
-    chosen, choices = machine_choice.resolve(config.model, platform, runtime.cpu_instructions())
-    config = dataclasses.replace(config, model=chosen)
+    model_config, choices = machine_choice.resolve(config.model, platform, runtime.cpu_instructions())
+    config = dataclasses.replace(config, model=model_config)
     batch_sharding = mesh_lib.batch_sharding(mesh, c.batch_size, c.seq_len)
-    together = losses.rows_together(config.loss)
-    step_lib.check_accumulation(c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], together)
+    rows_together = losses.rows_together(config.loss)
+    step_lib.check_accumulation(
+        c.batch_size, c.grad_accumulation, mesh.shape["data"] * mesh.shape["fsdp"], rows_together
+    )
     model = Transformer(config.model)
     transformer.check_length(config.model, c.seq_len)
     reference_model = _reference(config, model)
@@ -260,19 +262,19 @@ def setup(
     base = abstract_params(model)
     params, constants = jax.eval_shape(method.init, base, jax.random.key(0))
     frozen = jax.eval_shape(method.freeze, base, constants)
-    place_weights = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
-    frozen = _placed(frozen, _frozen_shardings(frozen, place_weights, mesh))
+    weight_shardings = functools.partial(mesh_lib.shardings, rules=config.mesh.rules, mesh=mesh)
+    frozen = _with_shardings(frozen, _frozen_shardings(frozen, weight_shardings, mesh))
     if reference_model is not None:
         shapes = abstract_params(reference_model)
-        frozen |= {"reference": _placed(shapes, place_weights(shapes))}
+        frozen |= {"reference": _with_shardings(shapes, weight_shardings(shapes))}
     optimizer = method.optimizer(base, params)
     schedule = optim.schedule(config.optim, c.steps)
     state = jax.eval_shape(functools.partial(step_lib.init, optimizer, ema=bool(config.optim.ema_decay)), params)
-    params_shardings, copies = method.shardings(params, mesh), mesh_lib.replicated(mesh)
+    params_shardings, replicated = method.shardings(params, mesh), mesh_lib.replicated(mesh)
     state_shardings = TrainState(
-        copies,
+        replicated,
         params_shardings,
-        optim.shardings(state.opt_state, params, params_shardings, copies),
+        optim.shardings(state.opt_state, params, params_shardings, replicated),
         params_shardings if config.optim.ema_decay else None,
     )
 
@@ -301,7 +303,7 @@ def setup(
         skip_bad=c.on_bad_step == "skip",
         update_norms=config.report.norms_every > 0,
         ema_decay=config.optim.ema_decay,
-        rows_together=together,
+        rows_together=rows_together,
         gather=gather if c.gather_once else None,
         shardings=params_shardings,
     )
@@ -315,20 +317,20 @@ def setup(
         mesh=mesh,
         optimizer=optimizer,
         schedule=schedule,
-        base=_placed(base, place_weights(base)),
-        state=_placed(state, state_shardings).replace(frozen=frozen),
+        base=_with_shardings(base, weight_shardings(base)),
+        state=_with_shardings(state, state_shardings).replace(frozen=frozen),
         batch=dict.fromkeys(rows_lib.NAMES, shape),
         update=update,
         train_step=jax.jit(
             mesh_lib.with_mesh(mesh, update, config.mesh.rules),
             donate_argnums=0,
             in_shardings=(state_shardings, None, batch_sharding, None),
-            out_shardings=(state_shardings, copies),
+            out_shardings=(state_shardings, replicated),
         ),
         loss=jax.jit(
             mesh_lib.with_mesh(mesh, held_out_loss, config.mesh.rules),
             in_shardings=(params_shardings, None, batch_sharding),
-            out_shardings=copies,
+            out_shardings=replicated,
         ),
         choices=(*choices, *([advice] if advice else [])),
     )
@@ -348,13 +350,16 @@ def _reference(config: Config, model: Transformer) -> Transformer | None:
     return Transformer(teacher)
 
 
-def _frozen_shardings(frozen: Any, place: Callable[[Any], Any], mesh: Mesh) -> Any:
+def _frozen_shardings(frozen: Any, weight_shardings: Callable[[Any], Any], mesh: Mesh) -> Any:
     """The base is sharded by `mesh.rules`; the constant parts of adapters, which are small, are replicated."""
-    copies = mesh_lib.replicated(mesh)
-    return {name: place(t) if name == "base" else jax.tree.map(lambda _: copies, t) for name, t in frozen.items()}
+    replicated = mesh_lib.replicated(mesh)
+    return {
+        name: weight_shardings(tree) if name == "base" else jax.tree.map(lambda _: replicated, tree)
+        for name, tree in frozen.items()
+    }
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
 
 

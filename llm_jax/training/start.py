@@ -118,18 +118,18 @@ def find(config: Config, workdir: pathlib.Path | None = None) -> Start:
     return start
 
 
-_Last = tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]
+_LastCheckpoint = tuple[pathlib.Path | None, dict[str, Any], tuple[str, ...]]
 
 
-def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
+def _agreed_checkpoint(config: Config, workdir: pathlib.Path) -> _LastCheckpoint:
     """Returns the result of `_last_checkpoint` in process 0; other processes do not verify checkpoints."""
     saved, record, damaged = _last_checkpoint(config, workdir) if processes.is_main() else (None, {}, ())
-    chosen = [saved.name if saved else "", record, damaged]
-    step, record, damaged = processes.broadcast(chosen, waiting_for="to verify the last checkpoint")
+    last = [saved.name if saved else "", record, damaged]
+    step, record, damaged = processes.broadcast(last, waiting_for="to verify the last checkpoint")
     return workdir / "checkpoints" / step if step else None, record, tuple(damaged)
 
 
-def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _Last:
+def _last_checkpoint(config: Config, workdir: pathlib.Path) -> _LastCheckpoint:
     """Returns (checkpoint to resume from or None, its record, messages about later, damaged checkpoints).
 
     Raises:
@@ -239,8 +239,8 @@ def _from_checkpoint(config: Config, model: ModelConfig, tokenizer: Tokenizer | 
         raise UserError(
             f"{name}: its tokenizer has {tokenizer.vocab_size} ids; 'tokenizer.vocab_size' is {size}; {_CURE}"
         )
-    sized = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(config, tokenizer=sized)
+    tokenizer_config = dataclasses.replace(config.tokenizer, kind=tokenizer.kind, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(config, tokenizer=tokenizer_config)
 
 
 def _refuse_another_run(workdir: pathlib.Path, before: Config, now: Config) -> None:
@@ -284,5 +284,7 @@ def _changes_shapes(model: ModelConfig, change: dict[str, Any], expected: dict[s
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by its name in the per-layer layout."""
-    abstract = abstract_params(Transformer(dataclasses.replace(machine_choice.fixed(model), scan_layers=False)))
+    abstract = abstract_params(
+        Transformer(dataclasses.replace(machine_choice.machine_independent(model), scan_layers=False))
+    )
     return {path: leaf.shape for path, leaf in trees.flatten(abstract).items()}

@@ -164,10 +164,10 @@ def check_gather_once(gather_once: bool, grad_accumulation: int) -> None:
         )
 
 
-def check_accumulation(batch_size: int, grad_accumulation: int, ways: int, rows_together: int = 1) -> None:
+def check_accumulation(batch_size: int, grad_accumulation: int, devices: int, rows_together: int = 1) -> None:
     """Raises UserError unless the batch divides into micro-batches that divide over the devices."""
-    if grad_accumulation < 1 or batch_size % (grad_accumulation * ways * rows_together):
+    if grad_accumulation < 1 or batch_size % (grad_accumulation * devices * rows_together):
         raise UserError(
             f"train.batch_size={batch_size} cannot be split into train.grad_accumulation={grad_accumulation} "
-            f"micro-batches over {ways} devices{f', {rows_together} rows together' if rows_together > 1 else ''}"
+            f"micro-batches over {devices} devices{f', {rows_together} rows together' if rows_together > 1 else ''}"
         )

@@ -73,8 +73,8 @@ def check(config: Config, workdir: pathlib.Path | None = None) -> start.Start:
     run_start = start.find(config, workdir)
     config = run_start.config
     provisional = config.model.vocab_size or config.tokenizer.vocab_size or 512
-    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=provisional))
-    estimate.check_batch(setup_lib.setup(sized))
+    model_config = dataclasses.replace(config.model, vocab_size=provisional)
+    estimate.check_batch(setup_lib.setup(dataclasses.replace(config, model=model_config)))
     for name in config.eval.tasks:
         builtin.load_task(name)
     return run_start
@@ -226,10 +226,10 @@ def train(
             "save": config.checkpoint.every,
         }
         done, skipped_batches = run_start.step, run_start.record.get("skipped_batches", 0)
-        stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
+        batches = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
         eval_metrics: dict[str, float] = {}
         evaluated = False
-        agree = processes.StopAgreement()
+        agree_to_stop = processes.StopAgreement()
         stopping: Any = False
         stop_requested = False  # whether the callback returned a true value
         scope = stack.enter_context(contextlib.ExitStack())
@@ -237,10 +237,10 @@ def train(
             scope.enter_context(stop)
         while done < c.steps and not stopping:
             profiler.before_step(done, state)
-            batch = next(stream)
+            batch = next(batches)
             state, metrics = setup.step(state, batch, detector.limit(done + 1))
             done, eval_metrics, evaluated = done + 1, {}, False
-            stopping = agree(stop_requested or (stop() if stop else False))
+            stopping = agree_to_stop(stop_requested or (stop() if stop else False))
             due = {name for name, every in periods.items() if every and done % every == 0}
             due = {"save"} if stopping else due | {"evaluate", "save"} if done == c.steps else due
             try:
@@ -260,19 +260,19 @@ def train(
                 progress.write(f"step {bad.step}: {bad.reason}; rolling back to step {to} and skipping these batches")
                 state = _earlier_state(setup, run_start, workdir, to, state.frozen)
                 done, skipped_batches = to, skipped_batches + bad.step - to
-                stream = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
+                batches = setup.batches(data.train, done + skipped_batches, c.steps + skipped_batches)
                 continue
             if not due:
                 continue
-            other: set[str] = set()  # metrics over other rows or examples than in the periodic evaluations
+            final_only: set[str] = set()  # metrics over other rows or examples than in the periodic evaluations
             statistics_of_state = evaluator.statistics(state, batch) if "norms" in due else {}
             if "evaluate" in due:
                 if done == c.steps and (note := evaluator.final_note()):
                     progress.write(note)
                 eval_metrics, evaluated = evaluator.evaluate(state, done == c.steps), True
-                other = evaluator.final_only(eval_metrics)
+                final_only = evaluator.final_only(eval_metrics)
                 progress.write(f"step {done}: {evaluator.describe(eval_metrics)}")
-            line = progress.flush(statistics_of_state, other, **eval_metrics)
+            line = progress.flush(statistics_of_state, final_only, **eval_metrics)
             stop_requested = stop_requested or bool(callback and is_main and line and callback(line))
             stopping = stopping or (stop_requested and is_single)
             if "evaluate" in due:
@@ -281,7 +281,7 @@ def train(
                 progress.text(done, "samples", evaluator.sample(f"after {done} steps", state))
             if "save" in due or stopping:
                 saved = method.checkpoint_params(state.params, state.frozen)
-                loss = None if "validation_loss" in other else eval_metrics.get("validation_loss")
+                loss = None if "validation_loss" in final_only else eval_metrics.get("validation_loss")
                 rows = eval_metrics.get("validation_rows")
                 files.check_lock(lock)
                 progress.sync()
@@ -291,7 +291,7 @@ def train(
                     fewer = f"a larger checkpoint.every ({every}) or " if (every := config.checkpoint.every) else ""
                     cure = f"{fewer}faster storage avoids this"
                     progress.write(f"step {done}: training waited {seconds:.0f} s for a save; {cure}")
-            progress.pause()
+            progress.restart_clock()
         scope.close()
         profiler.close(state)
         writer.wait()

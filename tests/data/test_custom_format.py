@@ -138,10 +138,10 @@ def test_another_version_of_the_file_or_other_options_use_no_cached_tokens(direc
 
 def test_a_file_that_changes_while_it_is_used_is_refused(directory):
     source = Source(config("my_pages.py:pages"))
-    readers._own.cache_clear()  # as in another process
+    readers._custom.cache_clear()  # as in another process
     (directory / "my_pages.py").write_text(FORMAT.replace("strip", "rstrip"))
     assert "my_pages.py has changed since" in refused(lambda: source.corpus(byte()))
-    readers._own.cache_clear()
+    readers._custom.cache_clear()
     (directory / "my_pages.py").unlink()
     assert "no file or module 'my_pages.py'" in refused(lambda: source.corpus(byte()))
 
@@ -180,7 +180,7 @@ def test_a_machine_of_a_cluster_gets_the_file(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_JAX_CACHE", str(elsewhere / "cache"))
     monkeypatch.setenv("LLM_JAX_ALLOW", "")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    readers._own.cache_clear()
+    readers._custom.cache_clear()
     row = {"index": 0, "job": pickle.dumps((source.catalog.files[0], "text"))}
     with contextlib.chdir(elsewhere):
         missing, _ = pickle.loads(ray_engine._result(catalog_lib._scan_remotely, (), row)["result"])
@@ -218,7 +218,7 @@ def test_records_are_checked(directory):
         lambda: texts("my_pages.py:pages", kind=kind)
     )
     assert "with values that JSON cannot hold" in refused(lambda: texts("my_pages.py:objects", kind=kind))
-    with_hash = readers.chosen("my_pages.py:pages")
+    with_hash = readers.resolve("my_pages.py:pages")
     assert "must record the hash" in refused(lambda: readers.get(with_hash.partition("#")[0]))
 
 

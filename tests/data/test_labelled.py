@@ -136,7 +136,7 @@ def test_texts_that_occur_again_and_empty_ones_are_left_out(tmp_path):
         ),
         ([{"text": "a", "class": 1}], {}, "no field 'label'.*data.labelled.label_field"),
         ([{"text": 5, "label": 1}], {}, "the field 'text' is 5; expected text"),
-        (examples(label=lambda i: "same"), {}, "labels of .* are same; expected two different ones"),
+        (examples(label=lambda i: "same"), {}, "labels of .* are same; expected at least two different labels"),
         (examples(label=lambda i: i % 3), {"choices": CHOICES}, "the label is 2; expected one of negative, positive"),
         (examples(label=lambda i: -1), {"choices": CHOICES}, "the label is -1; expected one of"),
         (

@@ -95,14 +95,14 @@ def test_a_directory_appears_complete_or_not_at_all(directory, bucket, monkeypat
 
 
 def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch):
-    monkeypatch.setattr(locks, "_BEAT", 0.04)
+    monkeypatch.setattr(locks, "_HEARTBEAT", 0.04)
     monkeypatch.setattr(locks, "_STALE", 0.4)
     lock = files.lock(directory)
     files.check_lock(lock)
     with pytest.raises(UserError, match=rf"^{DIRECTORY}: another trainer is at work here \(process \d+ on .*\); end"):
         files.lock(directory)
     lock._own |= {"machine": "another", "host": "elsewhere"}
-    time.sleep(0.2)  # a sign of life from there
+    time.sleep(0.2)  # a heartbeat from there
     with pytest.raises(UserError, match=r"another trainer is at work here \(process \d+ on elsewhere\)"):
         files.lock(directory)
     lock._stop.set()  # it is stopped or cut off
@@ -110,7 +110,7 @@ def test_a_lock_is_held_by_one_process_and_survives_none(directory, monkeypatch)
     began = time.monotonic()
     successor = files.lock(directory)
     assert time.monotonic() - began >= 0.4
-    with pytest.raises(UserError, match="another trainer has taken this run over"):
+    with pytest.raises(UserError, match="another trainer has taken over this run"):
         files.check_lock(lock)
     files.check_lock(successor)
     lock.close()
@@ -173,7 +173,7 @@ def test_a_trainer_that_wakes_up_leaves_the_run_to_its_successor(directory, monk
     files.write(directory / "metrics.jsonl", "1\n2\n3\n")
     files.write(directory / "checkpoints" / "4" / "manifest.json", "{}")
     before = {name: files.read(path) for name, path in files.list_files(directory).items()}
-    lost = "^s3://bucket/run: another trainer has taken this run over"
+    lost = "^s3://bucket/run: another trainer has taken over this run"
     lines.flush()
     for write in (
         lines.close,
@@ -361,7 +361,7 @@ def test_a_run_is_stopped_resumed_read_and_reported(directory, trained, text_fil
 
     before = {}
     config = llm_jax.config(ROOT / "tests" / "tiny.py", changes | {"train.steps": 12})
-    with pytest.raises(UserError, match="another trainer has taken this run over"):
+    with pytest.raises(UserError, match="another trainer has taken over this run"):
         trainer.train(config, DIRECTORY, callback=take_over, verbose=False)
     assert before and state() == before
 

@@ -19,7 +19,7 @@ def test_a_step_takes_the_time_until_its_result_and_not_until_it_is_read(tmp_pat
         progress.step(step, {name: jnp.asarray(value) for name, value in metrics.items()})
     now = 100.0
     progress.flush({})
-    progress.pause()
+    progress.restart_clock()
     now = 102.0
     progress.step(4, {name: jnp.asarray(value) for name, value in metrics.items()})
     now = 200.0
