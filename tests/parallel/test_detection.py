@@ -76,7 +76,7 @@ def test_flags():
     assert processes._explicit("host:1", 2, 1) == ("host:1", 2, 1, None)
     assert processes._explicit("host:1", 1, 0) is None and processes._explicit("", 1, -1) is None
     for flags in (("", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0), ("host:1", 2, -1), ("host:1", -1, -1)):
-        with pytest.raises(UserError, match="expected all three, HOST:PORT of process 0"):
+        with pytest.raises(UserError, match="expected all three: HOST:PORT of process 0"):
             processes._explicit(*flags)
     for address in ("host", "host:", "host:0", "host:70000", "host:x"):
         with pytest.raises(UserError, match="expected HOST:PORT"), processes.connected(address, 2, 1, timeout=0.1):
